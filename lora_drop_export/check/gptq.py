@@ -117,9 +117,9 @@ class _Reached(Exception):
     """The inputs that were wanted are there; the rest of the layer is not run."""
 
 
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The input of a linear layer, or of experts."""
-    return args[0] if args else kwargs["input" if "input" in kwargs else "hidden_states"]
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments of a linear layer: its input; or of experts: tokens [T, d], the experts of each [T, K], weights."""
+    return [*args, *kwargs.values()]
 
 
 @dataclasses.dataclass
@@ -137,7 +137,7 @@ class _Stage:
         self._known, self.x = bool(self.members), None
 
     def look(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = _given(args, kwargs)
+        x, *_ = _given(args, kwargs)
         if self.x is None:
             self.x = x
             if self._known:
@@ -148,9 +148,9 @@ class _Stage:
             self.members.append(module)
 
 
-def _input_of(module: Any, run: Callable[[], Any], to_end: bool) -> tuple[Any, Any]:
+def _inputs_of(module: Any, run: Callable[[], Any], to_end: bool = False) -> tuple[list[Any], Any]:
     """What a module is given when `run` reaches it, and what `run` returns where it goes on to its end."""
-    seen: list[Any] = []
+    seen: list[list[Any]] = []
 
     def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(_given(args, kwargs))
@@ -169,28 +169,11 @@ def _rows_name(name: str, formats: Collection[str]) -> str:
     return name if name in formats else f"{name}.{GATE_UP}{ROWS}"
 
 
-def _sent(experts: Any, run: Callable[[], Any]) -> tuple[Any, Any]:
-    """The tokens [T, d] that experts are given when `run` reaches them, and where the router sends each, [T, K]."""
-    seen: list[Any] = []
-
-    def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [*args, *kwargs.values()]
-        seen.extend(given[:2])
-        raise _Reached
-
-    hook = experts.register_forward_pre_hook(look, with_kwargs=True)
-    with contextlib.suppress(_Reached):
-        run()
-    hook.remove()
-    return seen[0], seen[1]
-
-
 def _inner(experts: Any, expert: int, x: Any) -> Any:
     """What an expert makes of tokens [T, d] before its last product, [T, I]."""
     import torch
 
-    gate, up = torch.nn.functional.linear(x, experts.gate_up_proj[expert]).chunk(2, dim=-1)
-    return experts.act_fn(gate) * up
+    return experts._apply_gate(torch.nn.functional.linear(x, experts.gate_up_proj[expert]))
 
 
 @dataclasses.dataclass
@@ -247,8 +230,8 @@ class _Rounder:
                     outputs.append(first_output(layer(x, *args, **kwargs)))
                 if stage.members:
                     first, last = same[stage.members[0]], len(stage.members) == len(pending)
-                    given, whole = _input_of(first, lambda: exact(own, *theirs[0], **theirs[1]), last)  # noqa: B023 - runs at once
-                    stage.moments.add(stage.x, given, 2 * place // len(calls[0]))
+                    given, whole = _inputs_of(first, lambda: exact(own, *theirs[0], **theirs[1]), last)  # noqa: B023 - runs at once
+                    stage.moments.add(stage.x, given[0], 2 * place // len(calls[0]))
                     if last:
                         exact_outputs.append(first_output(whole))
             for hook in hooks:
@@ -264,9 +247,9 @@ class _Rounder:
             factor = stage.moments.triangle()
             if factor is not None:
                 self._stage(members, stage.moments, factor)
-                for name in members:
+                for name, module in members.items():
                     if f"{name}.{DOWN}{ROWS}" in self.formats:  # not that of experts that have integers already
-                        self._down(name, layer, exact, streams, calls)
+                        self._down(f"{name}.{DOWN}{ROWS}", (module, same[module]), (layer, exact), streams, calls)
 
     def _stage(self, members: Mapping[str, Any], moments: _Moments, factor: tuple[Any, Any]) -> None:
         """Round linear layers, parameter name → module, that read one tensor; and gate and up of experts that do."""
@@ -291,41 +274,40 @@ class _Rounder:
     def _down(
         self,
         name: str,
-        layer: Any,
-        exact: Any,
+        mixtures: tuple[Any, Any],
+        layers: tuple[Any, Any],
         streams: tuple[list[Any], list[Any]],
         calls: tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]],
     ) -> None:
-        """Round what experts of this name end with, each by what it makes of the tokens that it is sent."""
+        """Round the last matrices of a mixture's experts, each by what it makes of the tokens that it is sent.
+
+        Args:
+            mixtures, layers: that are rounded, and the checkpoint's own; `streams` and `calls` as `layer` has them.
+        """
         import torch
 
-        experts, theirs = (next(filter(is_of_experts, one.modules())) for one in (layer, exact))
-        full = f"{name}.{DOWN}{ROWS}"
+        (experts, theirs), (layer, exact) = mixtures, layers
         count, _, columns = experts.down_proj.shape
-        blocks: list[Blocked] = []
         at_once = max(1, _MOMENTS_BYTES // (16 * columns * columns))
+        blocks: list[Blocked] = []
         for first in range(0, count, at_once):
-            some = range(first, min(count, first + at_once))
-            moments = {expert: _Moments() for expert in some}
+            moments = {expert: _Moments() for expert in range(first, min(count, first + at_once))}
             for place, (x, own, call, their_call) in enumerate(zip(*streams, *calls, strict=True)):
-                given, index = _sent(experts, lambda: layer(x, *call[0], **call[1]))  # noqa: B023 - runs at once
-                full_given, _ = _sent(theirs, lambda: exact(own, *their_call[0], **their_call[1]))  # noqa: B023
-                for expert in some:
-                    tokens = (index == expert).any(-1).nonzero().squeeze(-1)
-                    inner, full_inner = (
-                        _inner(experts, expert, given[tokens]),
-                        _inner(theirs, expert, full_given[tokens]),
-                    )
-                    moments[expert].add(inner, full_inner, 2 * place // len(calls[0]))
-            for expert in some:
-                weight = finite(experts.down_proj[expert].numpy(), self.refs[full].name)
-                factor = moments[expert].triangle()
+                (given, index, *_), _ = _inputs_of(experts, lambda: layer(x, *call[0], **call[1]))  # noqa: B023 - runs at once
+                (full, *_), _ = _inputs_of(theirs, lambda: exact(own, *their_call[0], **their_call[1]))  # noqa: B023
+                for expert, found in moments.items():
+                    sent = (index == expert).any(-1).nonzero().squeeze(-1)
+                    inner, full_inner = _inner(experts, expert, given[sent]), _inner(theirs, expert, full[sent])
+                    found.add(inner, full_inner, 2 * place // len(calls[0]))
+            for expert, found in moments.items():
+                weight = finite(experts.down_proj[expert].numpy(), self.refs[name].name)
+                factor = found.triangle()
                 if factor is None:
                     return
-                blocks.append(gptq_rows(moments[expert].corrected(factor, weight), *factor, self.formats[full]))
+                blocks.append(gptq_rows(found.corrected(factor, weight), *factor, self.formats[name]))
         values = np.concatenate([dequantize(*one) for one in blocks])
         put_tensor(experts, DOWN, torch.from_numpy(unmixed(values, count, 1)))
-        self.found[full] = store_rounded(self.refs[full], self.formats[full], blocks, self.directory)
+        self.found[name] = store_rounded(self.refs[name], self.formats[name], blocks, self.directory)
 
     def head(self, name: str, streams: Sequence[tuple[Any, Any]], tied: bool) -> None:
         """Round the head by what reaches it, [B, S, d] of each chunk, and what reaches the checkpoint's own.

@@ -298,10 +298,9 @@ def _bundle(path: Path, scratch: Path, trust_remote_code: bool) -> Checkpoint:
         for name, tensor in tensors.items():
             if isinstance(tensor, DequantizedTensor):
                 tensors[name] = replace(tensor, quantization=how)
-    renamed, _ = _names(tensors, config)  # its experts are together
-    return Checkpoint(
-        manifest.model.name, directory, config, tensors, renamed, trust_remote_code=trust_remote_code, bundle=bundle
-    )
+    renamed, joined = _names(tensors, config)
+    name = manifest.model.name
+    return Checkpoint(name, directory, config, tensors, renamed, joined, trust_remote_code, bundle=bundle)
 
 
 def open_checkpoint(

@@ -62,10 +62,12 @@ def joined_experts(names: Iterable[str], config: Any) -> dict[str, tuple[tuple[s
     found: dict[str, dict[int, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
     stored = set(names)
     for name in sorted(stored):
+        number = re.search(r"\.experts\.(\d+)\.", name)
+        if number is None:
+            continue
         for step in joins:
             new, pattern = rename_source_key(name, renamings, [step])
-            number = re.search(r"\.experts\.(\d+)\.", name)
-            if pattern is not None and number is not None:
+            if pattern is not None:
                 expert, part = found[new][int(number[1])], step.source_patterns.index(pattern)
                 other = new if new in stored else expert.get(part)
                 if other not in (None, name):  # a step may be there twice

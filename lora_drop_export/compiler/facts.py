@@ -115,7 +115,9 @@ def with_experts_alike(
         if len(forms) == 1:
             found.pop(*forms)
         elif len(set(forms.values())) > 1:
-            found |= dict.fromkeys(pair, common_format([*forms.values()], [shapes[name][1] for name in pair]))
+            form = common_format([*forms.values()], [shapes[name][1] for name in pair])
+            assert form is not None  # each has blocks, and 16 divides what any of them does
+            found |= dict.fromkeys(pair, form)
     return found
 
 

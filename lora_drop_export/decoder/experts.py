@@ -1,10 +1,12 @@
-"""A mixture of experts as one node of the trace.
+"""transformers' experts interface: a mixture of experts as one node of the trace.
 
     lora_drop::Experts(x, index, weights, gate and up, down), attribute `experts`: E
     [T, d], int64 [T, K], [T, K], [E·2I, d], [E·d, I] → [T, d]
 
-The two matrices have the experts' own one below the other, a row of gate and one of up in turns: what an engine reads
-for one expert is one piece then. In the checkpoint they may lie otherwise (checkpoint/experts.py).
+Expert e makes `down_e (silu(gate_e x) · up_e x)` of a token x, and the result is the sum over the token's K experts,
+each times its weight. The two matrices have the experts' own one below the other, a row of gate and one of up in turns:
+what an engine reads for one expert is one piece then. In the checkpoint they may lie otherwise (checkpoint/experts.py).
+Experts that no step graph holds are refused where the modules are looked at (refusals.py).
 """
 
 from __future__ import annotations
@@ -19,15 +21,18 @@ from lora_drop_runtime.errors import ModelError
 from lora_drop_export.checkpoint.experts import ROWS
 
 from .attention_interface import DOMAIN
-from .experts_interface import ExpertsCall
 
 
-def emit_experts(call: ExpertsCall) -> Any:
-    """One Experts node in place of a call."""
+def is_mixture(node: ir.Node) -> bool:
+    """Whether a node of a trace is a mixture of experts."""
+    return node.domain == DOMAIN and node.op_type == "Experts"
+
+
+def _emit(module: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+    """One Experts node in place of a call; `gate_up_proj` [E, 2·I, d] has gate above up."""
     import torch
 
-    module = call.module
-    if call.index.shape[1] == 0:
+    if top_k_index.shape[1] == 0:
         raise ModelError(
             "The model's config cannot be used.",
             note="Its routers send a token to 0 experts; needed is 1 at least.",
@@ -35,13 +40,20 @@ def emit_experts(call: ExpertsCall) -> Any:
         )
     (output,) = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::Experts",
-        (call.hidden, call.index, call.weights, module.gate_up_proj, module.down_proj),
-        attrs={"experts": module.gate_up_proj.shape[0], "per_token": call.index.shape[1]},
-        dtypes=(call.hidden.dtype,),
-        shapes=(call.hidden.shape,),
+        (hidden_states, top_k_index, top_k_weights, module.gate_up_proj, module.down_proj),
+        attrs={"experts": module.gate_up_proj.shape[0], "per_token": top_k_index.shape[1]},
+        dtypes=(hidden_states.dtype,),
+        shapes=(hidden_states.shape,),
         version=1,
     )
     return output
+
+
+def register_experts(name: str) -> None:
+    """Let mixtures of models with `experts_implementation=name` be nodes."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(name, _emit)
 
 
 def name_experts(graph: ir.Graph) -> dict[str, Fraction]:
@@ -50,7 +62,7 @@ def name_experts(graph: ir.Graph) -> dict[str, Fraction]:
     """
     shares = {}
     for node in graph:
-        if node.domain != DOMAIN or node.op_type != "Experts":
+        if not is_mixture(node):
             continue
         for place in (3, 4):
             before = node.inputs[place]
@@ -64,30 +76,3 @@ def name_experts(graph: ir.Graph) -> dict[str, Fraction]:
             del graph.initializers[str(before.name)]
             shares[name] = Fraction(node.attributes["per_token"].as_int(), sizes[0])
     return shares
-
-
-def _unviewed(value: ir.Value | None) -> ir.Value | None:
-    """What Reshapes made a value of."""
-    while value is not None and (node := value.producer()) is not None and node.op_type == "Reshape":
-        value = node.inputs[0]
-    return value
-
-
-def router_parameters(graph: ir.Graph) -> frozenset[str]:
-    """Names of the matrices [E, ·] that decide which experts a token goes to."""
-    found = set()
-    for node in graph:
-        if node.domain != DOMAIN or node.op_type != "Experts":
-            continue
-        count, tokens = node.attributes["experts"].as_int(), _unviewed(node.inputs[0])
-        seen, todo = {tokens}, list(node.inputs[1:3])
-        while todo:
-            value = _unviewed(todo.pop())
-            if value is None or value in seen:
-                continue
-            seen.add(value)
-            if value.is_initializer() and value.shape is not None and len(value.shape) == 2:
-                found |= {str(value.name)} if value.shape[0] == count else set()
-            elif (producer := value.producer()) is not None:
-                todo.extend(producer.inputs)
-    return frozenset(found)

@@ -60,7 +60,7 @@ def refuse_by_config(config: Any) -> None:
 
 
 def is_of_experts(module: Any) -> bool:
-    """Whether a module holds experts that are called through transformers' interface (experts_interface.py)."""
+    """Whether a module holds experts that are called through transformers' interface (experts.py)."""
     return hasattr(type(module), "_apply_gate") and hasattr(module, "has_gate")
 
 

@@ -31,8 +31,7 @@ from lora_drop_export.weights.resolve import resolve_tensors
 from .anatomy import buffer_values, decoder_layers, first_output, kv_sources, name_of, tied_names
 from .attention_interface import DOMAIN, AttentionCall, register_attention
 from .build import build_model
-from .experts import emit_experts, name_experts
-from .experts_interface import register_experts
+from .experts import name_experts, register_experts
 from .norms import spell_reciprocal_roots
 from .parameters import bind_initializers, leave_places, looked_up, narrow_parameters
 from .products import spell_products
@@ -296,10 +295,8 @@ def _name_residual_stream(model: ir.Model) -> None:
         model.graph.remove(node, safe=True)
 
 
-def _graph(
-    wrapper: Any, layers: Any, calls: _Calls, seen: LayerCalls, tied: dict[str, str], fake: Any
-) -> tuple[ir.Model, dict[str, Fraction]]:
-    """The graph of a dry run, and `TracedModel.expert_shares`: layers that are alike are traced once."""
+def _graph(wrapper: Any, layers: Any, calls: _Calls, seen: LayerCalls, tied: dict[str, str], fake: Any) -> ir.Model:
+    """The graph of a dry run: layers that are alike are traced once."""
     model = wrapper.model
     prefix, stored = name_of(model, layers), model.state_dict().keys()
     with refused("The model's config cannot be used.", "config.json"):
@@ -318,7 +315,7 @@ def _graph(
     fuse_rotary_embedding(program.model)
     expand(program.model, kinds, seen, prefix, stored)
     graph: ir.Model = program.model
-    return graph, name_experts(graph.graph)
+    return graph
 
 
 def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
@@ -336,7 +333,7 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
     config = checkpoint.config
     refuse_by_config(config)
     register_attention(ATTENTION_NAME, lambda call: _emit_attention(call, _Calls()))  # transformers looks for the name
-    register_experts(EXPERTS_NAME, emit_experts)
+    register_experts(EXPERTS_NAME)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, _quiet():
         with _not_initialised():
             model = build_model(checkpoint, dtype, ATTENTION_NAME, EXPERTS_NAME)
@@ -348,7 +345,8 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
         tied = tied_names(model)
         resolve_tensors(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()}, tied)
     with _quiet():
-        graph, expert_shares = _graph(wrapper, layers, calls, seen, tied, fake)
+        graph = _graph(wrapper, layers, calls, seen, tied, fake)
+    expert_shares = name_experts(graph.graph)
     narrow_parameters(graph.graph, dtype)
     parameters = leave_places(graph)
     for _, _, head_dim, value_dim in calls.shapes:

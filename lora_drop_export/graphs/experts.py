@@ -7,6 +7,7 @@ the place of what `match_experts` finds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,3 +112,13 @@ def match_experts(node: ir.Node) -> Experts | None:
     assert rows is not None
     assert count is not None
     return Experts(x, index, weights, scatter.outputs[0], gate_up, rows, (first, second), int(count.numpy()[0]))
+
+
+def replace_experts(graph: ir.Graph, lower: Callable[[Ops, Experts], ir.Value]) -> None:
+    """Put what `lower` makes of each mixture into its place."""
+    for node in list(graph):
+        experts = match_experts(node)
+        if experts is not None:
+            ops = Ops()
+            replace_node(graph, node, ops, lower(ops, experts))
+            graph.remove(node, safe=True)

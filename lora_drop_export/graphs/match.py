@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from lora_drop_export.decoder.attention_interface import DOMAIN
-from lora_drop_export.decoder.experts import router_parameters
+from lora_drop_export.decoder.experts import is_mixture
 
-from .nodes import rank
+from .nodes import rank, viewed
 
 # Operators that treat every row [.., width] alike, given inputs of equal shape or of rank 1
 _ROW_WISE = {
@@ -178,8 +177,22 @@ def _is_lookup(node: ir.Node, position: int) -> bool:
     return node.inputs[1] is not None and node.inputs[1].name == "input_ids"
 
 
-def _is_mixture(node: ir.Node) -> bool:
-    return node.op_type == "Experts" and node.domain == DOMAIN
+def _router_matrices(graph: ir.Graph) -> frozenset[str]:
+    """Names of the matrices [E, ·] that decide which experts a token goes to."""
+    found = set()
+    for node in filter(is_mixture, graph):
+        tokens, *chosen = (viewed(value) for value in node.inputs[:3] if value is not None)
+        count, seen, todo = node.attributes["experts"].as_int(), {tokens}, chosen
+        while todo:
+            value = viewed(todo.pop())
+            if value in seen:
+                continue
+            seen.add(value)
+            if value.is_initializer() and rank(value) == 2 and value.shape[0] == count:  # type: ignore[index]
+                found.add(str(value.name))
+            elif (producer := value.producer()) is not None:
+                todo.extend(one for one in producer.inputs if one is not None)
+    return frozenset(found)
 
 
 def quantizable(graph: ir.Graph) -> frozenset[str]:
@@ -193,8 +206,8 @@ def quantizable(graph: ir.Graph) -> frozenset[str]:
     def is_weight(value: ir.Value) -> bool:
         uses = list(value.uses())
         return bool(uses) and all(
-            _is_linear(use.node) or _is_lookup(use.node, use.idx) or _is_mixture(use.node) for use in uses
+            _is_linear(use.node) or _is_lookup(use.node, use.idx) or is_mixture(use.node) for use in uses
         )
 
     found = frozenset(name for name, value in graph.initializers.items() if is_weight(value))
-    return found - router_parameters(graph)
+    return found - _router_matrices(graph)

@@ -27,6 +27,7 @@ from lora_drop_runtime.plan.sites import half_of, layer_of
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
 from lora_drop_export.decoder.attention_interface import DOMAIN
+from lora_drop_export.decoder.experts import is_mixture
 from lora_drop_export.decoder.trace import TracedModel
 
 from .experts import expand_experts
@@ -290,7 +291,7 @@ def refresh_from_trace(
         values[middle.name] = middle
     if plan.has_state:
         presents |= _state_outputs(graph, plan, inputs["logits_index"], values)
-    for node in [n for n in graph if n.domain == DOMAIN and n.op_type == "Experts"]:
+    for node in list(filter(is_mixture, graph)):
         expand_experts(graph, node)
     if masks.nodes:
         graph.insert_before(graph[0], masks.nodes)  # they read graph inputs only

@@ -27,6 +27,14 @@ def _rows_are_whole(form: BlockFormat, k: int) -> bool:
     return form.symmetric or k // form.block_size * form.bits % 8 == 0
 
 
+def _largest_blocks(bits: int, most: int, symmetric: bool, widths: Sequence[int]) -> BlockFormat | None:
+    """The largest blocks, `most` values at most, in which rows of all these widths can be stored; symmetric ones where
+    none with zero points can."""
+    sizes = [size for size in _BLOCK_SIZES if size <= most and not any(width % size for width in widths)]
+    forms = [BlockFormat(bits, size, kind) for kind in (symmetric, True) for size in sizes]
+    return next((form for form in forms if all(_rows_are_whole(form, width) for width in widths)), None)
+
+
 @dataclass(frozen=True)
 class Quantization:
     """What the user asked for, or the checkpoint has: bits, the largest block size, the method, and whether zero points
@@ -83,19 +91,13 @@ class Quantization:
             return row_format(shape[1])
         if self.block_size == CHANNEL:
             return None if shape[1] * self.bits % 8 else self.whole_format(shape[1])
-        sizes = [size for size in _BLOCK_SIZES if size <= self.block_size and shape[1] % size == 0]
-        forms = [BlockFormat(self.bits, size, self.symmetric) for size in sizes]
-        forms += [BlockFormat(self.bits, size, True) for size in sizes]
-        return next((form for form in forms if _rows_are_whole(form, shape[1])), None)
+        return _largest_blocks(self.bits, self.block_size, self.symmetric, shape[1:])
 
 
-def common_format(forms: Sequence[BlockFormat], widths: Sequence[int]) -> BlockFormat:
+def common_format(forms: Sequence[BlockFormat], widths: Sequence[int]) -> BlockFormat | None:
     """The largest blocks in which matrices with rows of these widths can be stored alike, none larger than theirs."""
-    smallest = min(form.block_size for form in forms)
-    symmetric = any(form.symmetric for form in forms)
-    sizes = [size for size in _BLOCK_SIZES if size <= smallest and not any(width % size for width in widths)]
-    found = [BlockFormat(forms[0].bits, size, kind) for kind in sorted({symmetric, True}) for size in sizes]
-    return next(form for form in found if all(_rows_are_whole(form, width) for width in widths))
+    smallest, symmetric = min(form.block_size for form in forms), any(form.symmetric for form in forms)
+    return _largest_blocks(forms[0].bits, smallest, symmetric, widths)
 
 
 def kept_format(bits: int, k: int, groups: int, symmetric: bool) -> BlockFormat | None:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from lora_drop_runtime.errors import ModelError
 
+if TYPE_CHECKING:
+    from lora_drop_export.graphs.match import QuantizedBlocks
+    from lora_drop_export.quantize.formats import BlockFormat
 
-class Blocked(Protocol):
-    """Integers in blocks, as a format or a match has them."""
-
-    @property
-    def bits(self) -> int: ...
-    @property
-    def block_size(self) -> int: ...
+    _Blocks = BlockFormat | QuantizedBlocks
 
 
-def check_alike(up: Blocked | None, down: Blocked | None) -> None:
+def check_alike(up: _Blocks | None, down: _Blocks | None) -> None:
     """Refuse matrices of experts in two formats: an operator has one for both. Raises ModelError."""
     kinds = [None if one is None else (one.bits, one.block_size) for one in (up, down)]
     if kinds[0] != kinds[1]:

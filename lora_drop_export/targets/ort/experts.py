@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from lora_drop_export.graphs.experts import Experts, match_experts
+from lora_drop_export.graphs.experts import Experts, replace_experts
 from lora_drop_export.graphs.initializers import seen_as
 from lora_drop_export.graphs.match import QuantizedBlocks
-from lora_drop_export.graphs.nodes import Ops, replace_node
+from lora_drop_export.graphs.nodes import Ops
 
 from .expert_formats import check_alike
 from .linears import MICROSOFT
@@ -70,15 +70,12 @@ def _quantized(
 
 def lower_experts(graph: ir.Graph) -> None:
     """Raises ModelError where one of a layer's two matrices is stored otherwise than the other."""
-    for node in list(graph):
-        experts = match_experts(node)
-        if experts is None:
-            continue
-        ops, (up, down) = Ops(), experts.blocks
+
+    def lower(ops: Ops, experts: Experts) -> ir.Value:
+        up, down = experts.blocks
         check_alike(up, down)
         if up is None or down is None:
-            result = _in_floats(graph, ops, experts)
-        else:
-            result = _quantized(graph, ops, experts, (up, down))
-        replace_node(graph, node, ops, result)
-        graph.remove(node, safe=True)
+            return _in_floats(graph, ops, experts)
+        return _quantized(graph, ops, experts, (up, down))
+
+    replace_experts(graph, lower)

@@ -29,7 +29,6 @@ packs a second one, and no If keeps the provider from capturing a step as a CUDA
     12. int8 caches in halves   → keys divided by the scales of their channels, queries multiplied by them, values and
                                   outputs likewise, and GroupQueryAttention with one scale of 1: its fast kernel on CUDA
                                   knows one for a whole cache
-
     13. a mixture of experts    → MoE, or QMoE where it is quantized (experts.py)
 
 Requires: the form that graphs/ makes. Ensures: no Attention or mask remains, and a TensorScatter without an

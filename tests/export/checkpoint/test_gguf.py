@@ -26,51 +26,65 @@ HEADS, KV_HEADS, WIDTH, INNER, VOCABULARY = 4, 2, 128, 160, 37
 FLOAT32 = gguf.GGMLQuantizationType.F32
 
 
-@pytest.fixture(scope="module")
-def gguf_file(tmp_path_factory) -> Path:
-    """A Llama of two layers whose tensors have many formats, as llama.cpp's converter lays them out."""
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in (
-        ("context_length", 64),
-        ("embedding_length", WIDTH),
-        ("block_count", 2),
-        ("feed_forward_length", INNER),
-        ("attention.head_count", HEADS),
-        ("attention.head_count_kv", KV_HEADS),
-        ("rope.dimension_count", WIDTH // HEADS),
-        ("vocab_size", VOCABULARY),
-    ):
-        writer.add_uint32(f"llama.{key}", value)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+Tensors = list[tuple[str, tuple[int, ...], gguf.GGMLQuantizationType]]
+
+
+def write(path: Path, arch: str, fields: dict[str, int], tensors: Tensors, seed: int) -> dict[str, np.ndarray]:
+    """A file of these fields, beside those of a small model, and of random tensors; returns these as they are there.
+
+    RoPE's factors are 1.
+    """
+    writer, generator, written = gguf.GGUFWriter(path, arch), np.random.default_rng(seed), {}
+    usual = {
+        "context_length": 64,
+        "embedding_length": WIDTH,
+        "feed_forward_length": INNER,
+        "attention.head_count": HEADS,
+        "attention.head_count_kv": KV_HEADS,
+        "vocab_size": VOCABULARY,
+    }
+    for key, value in (usual | fields).items():
+        writer.add_uint32(f"{arch}.{key}", value)
+    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_name("tiny")
-    generator = np.random.default_rng(6)
-    kinds = gguf.GGMLQuantizationType
-
-    def add(name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> None:
-        values = generator.standard_normal(shape).astype(np.float32)
-        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-
-    add("token_embd.weight", (VOCABULARY, WIDTH), kinds.Q8_0)
-    add("output_norm.weight", (WIDTH,), kinds.F32)
-    for layer in range(2):
-        for name, shape, kind in (
-            ("attn_q", (WIDTH, WIDTH), kinds.Q4_0),
-            ("attn_k", (WIDTH // 2, WIDTH), kinds.Q4_0),
-            ("attn_v", (WIDTH // 2, WIDTH), (kinds.Q4_0, kinds.Q4_1)[layer]),
-            ("attn_output", (WIDTH, WIDTH), kinds.Q5_0),
-            ("ffn_gate", (INNER, WIDTH), kinds.F16),
-            ("ffn_up", (INNER, WIDTH), kinds.BF16),
-            ("ffn_down", (WIDTH, INNER), kinds.Q8_0),
-            ("attn_norm", (WIDTH,), kinds.F32),
-            ("ffn_norm", (WIDTH,), kinds.F32),
-        ):
-            add(f"blk.{layer}.{name}.weight", shape, kind)
-    writer.add_tensor("rope_freqs.weight", np.ones(16, np.float32))  # of no parameter
+    for name, shape, kind in tensors:
+        values = np.ones(shape) if name == "rope_freqs.weight" else generator.standard_normal(shape)
+        packed = gguf.quants.quantize(values.astype(np.float32), kind)
+        written[name] = gguf.quants.dequantize(packed, kind)
+        writer.add_tensor(name, packed, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return written
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory) -> Path:
+    """A Llama of two layers whose tensors have many formats, as llama.cpp's converter lays them out."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    kinds = gguf.GGMLQuantizationType
+    tensors = [
+        ("token_embd.weight", (VOCABULARY, WIDTH), kinds.Q8_0),
+        ("output_norm.weight", (WIDTH,), kinds.F32),
+    ]
+    for layer in range(2):
+        tensors += [
+            (f"blk.{layer}.{name}.weight", shape, kind)
+            for name, shape, kind in (
+                ("attn_q", (WIDTH, WIDTH), kinds.Q4_0),
+                ("attn_k", (WIDTH // 2, WIDTH), kinds.Q4_0),
+                ("attn_v", (WIDTH // 2, WIDTH), (kinds.Q4_0, kinds.Q4_1)[layer]),
+                ("attn_output", (WIDTH, WIDTH), kinds.Q5_0),
+                ("ffn_gate", (INNER, WIDTH), kinds.F16),
+                ("ffn_up", (INNER, WIDTH), kinds.BF16),
+                ("ffn_down", (WIDTH, INNER), kinds.Q8_0),
+                ("attn_norm", (WIDTH,), kinds.F32),
+                ("ffn_norm", (WIDTH,), kinds.F32),
+            )
+        ]
+    tensors.append(("rope_freqs.weight", (16,), kinds.F32))  # of no parameter
+    write(path, "llama", {"block_count": 2, "rope.dimension_count": WIDTH // HEADS}, tensors, seed=6)
     return path
 
 
@@ -196,63 +210,36 @@ def test_experts_are_read_as_transformers_reads_them(arch, tmp_path):
     from transformers import AutoModelForCausalLM
 
     kinds, path, experts, inner, shared = gguf.GGMLQuantizationType, tmp_path / "tiny.gguf", 3, 64, 96
-    writer = gguf.GGUFWriter(path, arch)
-    for key, value in (
-        ("context_length", 64),
-        ("embedding_length", WIDTH),
-        ("block_count", 1),
-        ("feed_forward_length", INNER),
-        ("attention.head_count", HEADS),
-        ("attention.head_count_kv", KV_HEADS),
-        ("attention.key_length", WIDTH // HEADS),
-        ("vocab_size", VOCABULARY),
-        ("expert_count", experts),
-        ("expert_used_count", 2),
-        ("expert_feed_forward_length", inner),
-        ("expert_shared_feed_forward_length", shared),
-    ):
-        writer.add_uint32(f"{arch}.{key}", value)
-    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-6)
-    generator, written = np.random.default_rng(7), {}
-    tensors = [
-        ("token_embd", (VOCABULARY, WIDTH), kinds.F32),
-        ("output", (VOCABULARY, WIDTH), kinds.F32),
-        ("output_norm", (WIDTH,), kinds.F32),
-        ("blk.0.attn_q", (WIDTH, WIDTH), kinds.F32),
-        ("blk.0.attn_k", (WIDTH // 2, WIDTH), kinds.F32),
-        ("blk.0.attn_v", (WIDTH // 2, WIDTH), kinds.F32),
-        ("blk.0.attn_output", (WIDTH, WIDTH), kinds.F32),
-        ("blk.0.attn_norm", (WIDTH,), kinds.F32),
-        ("blk.0.ffn_norm", (WIDTH,), kinds.F32),
-        ("blk.0.ffn_gate_inp", (experts, WIDTH), kinds.F32),
-        ("blk.0.ffn_gate_exps", (experts, inner, WIDTH), kinds.Q4_0),
-        ("blk.0.ffn_up_exps", (experts, inner, WIDTH), kinds.Q4_0),
-        ("blk.0.ffn_down_exps", (experts, WIDTH, inner), kinds.Q4_1),
-    ]
+    fields = {"block_count": 1, "attention.key_length": WIDTH // HEADS}
+    fields |= {"expert_count": experts, "expert_used_count": 2}
+    fields |= {"expert_feed_forward_length": inner, "expert_shared_feed_forward_length": shared}
+    in_floats = {
+        "token_embd.weight": (VOCABULARY, WIDTH),
+        "output.weight": (VOCABULARY, WIDTH),
+        "output_norm.weight": (WIDTH,),
+        "blk.0.attn_q.weight": (WIDTH, WIDTH),
+        "blk.0.attn_k.weight": (WIDTH // 2, WIDTH),
+        "blk.0.attn_v.weight": (WIDTH // 2, WIDTH),
+        "blk.0.attn_output.weight": (WIDTH, WIDTH),
+        "blk.0.attn_norm.weight": (WIDTH,),
+        "blk.0.ffn_norm.weight": (WIDTH,),
+        "blk.0.ffn_gate_inp.weight": (experts, WIDTH),
+    }
     if arch == "qwen3moe":
-        tensors += [(f"blk.0.attn_{part}_norm", (WIDTH // HEADS,), kinds.F32) for part in ("q", "k")]
+        in_floats |= {f"blk.0.attn_{part}_norm.weight": (WIDTH // HEADS,) for part in ("q", "k")}
     else:
-        tensors += [(f"blk.0.ffn_{part}_shexp", (shared, WIDTH), kinds.F32) for part in ("gate", "up")]
-        tensors += [
-            ("blk.0.ffn_down_shexp", (WIDTH, shared), kinds.F32),
-            ("blk.0.ffn_gate_inp_shexp", (WIDTH,), kinds.F32),
-        ]
-    for name, shape, kind in tensors:
-        packed = gguf.quants.quantize(generator.standard_normal(shape).astype(np.float32), kind)
-        written[name] = gguf.quants.dequantize(packed, kind)
-        writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
-    if arch == "qwen2moe":
-        for part, width in (("q", WIDTH), ("k", WIDTH // 2), ("v", WIDTH // 2)):
-            writer.add_tensor(f"blk.0.attn_{part}.bias", np.ones(width, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        in_floats |= {f"blk.0.ffn_{part}_shexp.weight": (shared, WIDTH) for part in ("gate", "up")}
+        in_floats |= {"blk.0.ffn_down_shexp.weight": (WIDTH, shared), "blk.0.ffn_gate_inp_shexp.weight": (WIDTH,)}
+        in_floats |= {f"blk.0.attn_{part}.bias": (width,) for part, width in (("q", WIDTH), ("k", 64), ("v", 64))}
+    tensors = [(name, shape, kinds.F32) for name, shape in in_floats.items()]
+    tensors += [(f"blk.0.ffn_{part}_exps.weight", (experts, inner, WIDTH), kinds.Q4_0) for part in ("gate", "up")]
+    tensors.append(("blk.0.ffn_down_exps.weight", (experts, WIDTH, inner), kinds.Q4_1))
+    written = write(path, arch, fields, tensors, seed=7)
 
     checkpoint = open_checkpoint(str(path), tmp_path / "scratch", log=lambda _: None)
     assert (checkpoint.config.num_experts, checkpoint.config.moe_intermediate_size) == (experts, inner)
     prefix = "model.layers.0.mlp.experts"
-    gate, up, down = (written[f"blk.0.ffn_{part}_exps"] for part in ("gate", "up", "down"))
+    gate, up, down = (written[f"blk.0.ffn_{part}_exps.weight"] for part in ("gate", "up", "down"))
     whole: Any = find_tensor(checkpoint, f"{prefix}.gate_up_proj", experts=experts)
     assert np.array_equal(whole.read(), np.concatenate([gate, up], axis=1))
     rows: Any = find_tensor(checkpoint, f"{prefix}.gate_up_proj.rows")

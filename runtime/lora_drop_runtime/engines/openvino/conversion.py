@@ -209,9 +209,7 @@ def _of_each(inputs: list[Output], quantized: int, experts: int) -> tuple[Output
     parts = []
     for one in inputs[: 1 + quantized]:
         rows, *sizes = one.get_partial_shape().to_shape()
-        data: npt.NDArray[Any] = (
-            np.asarray(one.get_node().data).reshape(-1).view(np.uint8)
-        )  # of _weight, which holds it
+        data: npt.NDArray[Any] = np.asarray(one.get_node().data).reshape(-1).view(np.uint8)  # that _weight holds
         shape = ov.Shape([experts, rows // experts, *sizes])
         parts.append(ov.op.Constant(ov.Tensor(data, shape, one.get_element_type())).output(0))
     return _as_output(_dequantized(parts, quantized)[0]), inputs[1 + quantized :]
