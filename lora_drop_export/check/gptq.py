@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
-from lora_drop_export.checkpoint.experts import DOWN, GATE_UP, ROWS, mixed, unmixed
+from lora_drop_export.checkpoint.experts import DOWN, GATE_UP, ROWS, from_rows, to_rows
 from lora_drop_export.decoder.anatomy import first_output, name_of, put_tensor
 from lora_drop_export.decoder.attention_interface import AttentionCall
 from lora_drop_export.decoder.refusals import is_of_experts
@@ -54,7 +54,7 @@ def _attend(call: AttentionCall) -> Any:
     import torch
 
     query, key, value = call.query, call.key, call.value
-    if not call.window and not call.softcap:
+    if not call.window and not call.softcap and call.sinks is None:
         attention = torch.nn.functional.scaled_dot_product_attention
         return attention(query, key, value, is_causal=True, scale=call.scale, enable_gqa=True).transpose(1, 2)
     group = query.shape[1] // key.shape[1]
@@ -66,7 +66,7 @@ def _attend(call: AttentionCall) -> Any:
     seen = own >= own.T
     if call.window:
         seen &= own - call.window < own.T
-    return (torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1) @ value).transpose(1, 2)
+    return (call.weights(scores.masked_fill(~seen, -torch.inf)) @ value).transpose(1, 2)
 
 
 class _Moments:
@@ -173,7 +173,10 @@ def _inner(experts: Any, expert: int, x: Any) -> Any:
     """What an expert makes of tokens [T, d] before its last product, [T, I]."""
     import torch
 
-    return experts._apply_gate(torch.nn.functional.linear(x, experts.gate_up_proj[expert]))
+    weight = experts.gate_up_proj[expert]
+    bias = experts.gate_up_proj_bias[expert] if experts.has_bias else None
+    both = torch.nn.functional.linear(x, weight.T if experts.is_transposed else weight, bias)
+    return experts._apply_gate(both)
 
 
 @dataclasses.dataclass
@@ -257,7 +260,10 @@ class _Rounder:
 
         parts = []
         for name, module in members.items():
-            weight = module.weight.numpy() if name in self.formats else mixed(module.gate_up_proj.numpy(), 2)
+            if name in self.formats:
+                weight = module.weight.numpy()
+            else:
+                weight = to_rows(module.gate_up_proj.numpy(), GATE_UP, module.is_transposed)
             parts.append(finite(weight, self.refs[_rows_name(name, self.formats)].name))
         rows = moments.corrected(factor, np.concatenate(parts))
         for (name, module), part in zip(members.items(), parts, strict=True):
@@ -268,7 +274,8 @@ class _Rounder:
             if full == name:
                 put_tensor(module, "weight", torch.from_numpy(values))
             else:
-                put_tensor(module, GATE_UP, torch.from_numpy(unmixed(values, len(module.gate_up_proj), 2)))
+                stack = from_rows(values, len(module.gate_up_proj), GATE_UP, module.is_transposed)
+                put_tensor(module, GATE_UP, torch.from_numpy(stack))
             self.found[full] = store_rounded(self.refs[full], form, [blocks], self.directory)
 
     def _down(
@@ -287,7 +294,8 @@ class _Rounder:
         import torch
 
         (experts, theirs), (layer, exact) = mixtures, layers
-        count, _, columns = experts.down_proj.shape
+        turned = experts.is_transposed
+        count, columns = len(experts.down_proj), experts.down_proj.shape[1 if turned else 2]
         at_once = max(1, _MOMENTS_BYTES // (16 * columns * columns))
         blocks: list[Blocked] = []
         for first in range(0, count, at_once):
@@ -300,13 +308,14 @@ class _Rounder:
                     inner, full_inner = _inner(experts, expert, given[sent]), _inner(theirs, expert, full[sent])
                     found.add(inner, full_inner, 2 * place // len(calls[0]))
             for expert, found in moments.items():
-                weight = finite(experts.down_proj[expert].numpy(), self.refs[name].name)
+                own = experts.down_proj[expert]
+                weight = finite((own.T if turned else own).numpy(), self.refs[name].name)
                 factor = found.triangle()
                 if factor is None:
                     return
                 blocks.append(gptq_rows(found.corrected(factor, weight), *factor, self.formats[name]))
         values = np.concatenate([dequantize(*one) for one in blocks])
-        put_tensor(experts, DOWN, torch.from_numpy(unmixed(values, count, 1)))
+        put_tensor(experts, DOWN, torch.from_numpy(from_rows(values, count, DOWN, turned)))
         self.found[name] = store_rounded(self.refs[name], self.formats[name], blocks, self.directory)
 
     def head(self, name: str, streams: Sequence[tuple[Any, Any]], tied: bool) -> None:

@@ -95,7 +95,7 @@ def _attend(cache: _Cache, call: AttentionCall) -> Any:
         seen = torch.arange(slots)[None] <= own
         if call.window:
             seen &= torch.arange(slots)[None] > own - call.window
-        weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
+        weights = call.weights(scores.masked_fill(~seen, -torch.inf))
         output[row, :new] = torch.einsum("hsc,chd->shd", weights, values)
     return output
 

@@ -1,7 +1,8 @@
 """The matrices of a layer's experts: as a checkpoint holds them, as transformers has them, and as a bundle does.
 
     checkpoint      a matrix [N, K] for each expert, gate and up apart; or what transformers has
-    transformers    `experts.gate_up_proj` [E, 2·I, d], gate above up, and `experts.down_proj` [E, d, I]
+    transformers    `experts.gate_up_proj` [E, 2·I, d], gate above up, and `experts.down_proj` [E, d, I]; in the
+                    families `TURNED` both are transposed, [E, d, 2·I] and [E, I, d], and gate and up in turns
     bundle          `experts.gate_up_proj.rows` [E·2I, d], a row of gate and one of up in turns, and
                     `experts.down_proj.rows` [E·d, I]
 
@@ -11,6 +12,7 @@ Enters: the tensors of a checkpoint. Leaves: sources of the other two forms, rea
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from .checkpoint import Checkpoint, TensorSource
 from .foreign import CHECKPOINT_HINT
 
 ROWS = ".rows"  # ends a name of the bundle's form
+TURNED = ("gpt_oss",)
 _Arrays = tuple[npt.NDArray[Any], ...]
 GATE_UP, DOWN = "gate_up_proj", "down_proj"  # the parameters of a module of experts
 
@@ -38,15 +41,24 @@ def _turns(name: str) -> int:
     return 2 if name.removesuffix(ROWS).endswith(GATE_UP) else 1
 
 
-def mixed(stack: npt.NDArray[Any], turns: int) -> npt.NDArray[Any]:
-    """The bundle's form [E·turns·N, K] of what transformers has, [E, turns·N, K]."""
-    experts, height, columns = stack.shape
+def to_rows(stack: npt.NDArray[Any], name: str, turned: bool) -> npt.NDArray[Any]:
+    """The bundle's form [E·N, K] of what transformers has, [E, N, K].
+
+    Args:
+        name: of the parameter.
+        turned: it is that of `TURNED`, [E, K, N].
+    """
+    if turned:
+        return np.ascontiguousarray(stack.swapaxes(1, 2)).reshape(-1, stack.shape[1])
+    (experts, height, columns), turns = stack.shape, _turns(name)
     return stack.reshape(experts, turns, height // turns, columns).swapaxes(1, 2).reshape(-1, columns)
 
 
-def unmixed(rows: npt.NDArray[Any], experts: int, turns: int) -> npt.NDArray[Any]:
-    """What transformers has, [E, turns·N, K], of the bundle's form."""
-    height, columns = len(rows) // experts, rows.shape[1]
+def from_rows(rows: npt.NDArray[Any], experts: int, name: str, turned: bool) -> npt.NDArray[Any]:
+    """What transformers has of the bundle's form, as `to_rows` has it."""
+    (height, columns), turns = (len(rows) // experts, rows.shape[1]), _turns(name)
+    if turned:
+        return np.ascontiguousarray(rows.reshape(experts, height, columns).swapaxes(1, 2))
     return rows.reshape(experts, height // turns, turns, columns).swapaxes(1, 2).reshape(experts, height, columns)
 
 
@@ -82,6 +94,47 @@ class _Part:
             flat = dataclasses.replace(self.whole, shape=(experts * height, columns))
             return flat.rows(self.expert * height + first, self.expert * height + last)
         return self.whole.rows(self.expert, self.expert + 1)[0, first:last]
+
+    def read(self) -> npt.NDArray[Any]:
+        return self.rows(0, self.shape[0])
+
+
+@functools.lru_cache(maxsize=1)
+def _transposed_matrix(whole: Any, expert: int) -> npt.NDArray[Any]:
+    """Of one expert in a tensor [E, K, N], of which some rows at a time are asked for."""
+    return np.ascontiguousarray(whole.rows(expert, expert + 1)[0].T)
+
+
+@dataclass(frozen=True, eq=False)
+class _Transposed:
+    """The matrices [E, N, K] of a tensor [E, K, N]."""
+
+    whole: TensorSource
+
+    @property
+    def name(self) -> str:
+        return self.whole.name
+
+    @property
+    def file(self) -> Path:
+        return self.whole.file
+
+    @property
+    def dtype(self) -> str:
+        return self.whole.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        experts, columns, height = self.whole.shape
+        return experts, height, columns
+
+    @property
+    def size_bytes(self) -> int:
+        return self.whole.size_bytes
+
+    def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
+        """Experts `begin` to `end`."""
+        return np.stack([_transposed_matrix(self.whole, n) for n in range(begin, min(end, self.shape[0]))])  # type: ignore[arg-type]
 
     def read(self) -> npt.NDArray[Any]:
         return self.rows(0, self.shape[0])
@@ -129,7 +182,8 @@ class ExpertRows:
     @property
     def tensors(self) -> list[TensorSource]:
         """The checkpoint's, that it is made of."""
-        return [part.whole if isinstance(part, _Part) else part for expert in self.parts for part in expert]
+        parts = [part.whole if isinstance(part, _Part) else part for expert in self.parts for part in expert]
+        return [part.whole if isinstance(part, _Transposed) else part for part in parts]
 
     def _gathered(self, begin: int, end: int, read: Callable[[Any, int, int], _Arrays]) -> _Arrays:
         """Rows `begin` to `end` of what `read` gives for rows of a part."""
@@ -177,11 +231,12 @@ class KeptExpertRows(ExpertRows):
 
 @dataclass(frozen=True, eq=False)
 class ExpertStack:
-    """What transformers has, made of the bundle's form: [E, turns·N, K]."""
+    """What transformers has, made of the bundle's form: [E, turns·N, K], or [E, K, turns·N]."""
 
     name: str
     stored: TensorSource
     experts: int
+    turned: bool  # whether it is that of `TURNED`
 
     @property
     def file(self) -> Path:
@@ -194,7 +249,8 @@ class ExpertStack:
     @property
     def shape(self) -> tuple[int, ...]:
         rows, columns = self.stored.shape
-        return self.experts, rows // self.experts, columns
+        height = rows // self.experts
+        return self.experts, *((columns, height) if self.turned else (height, columns))
 
     @property
     def size_bytes(self) -> int:
@@ -202,9 +258,9 @@ class ExpertStack:
 
     def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
         """Experts `begin` to `end`."""
-        _, height, _ = self.shape
+        height = self.stored.shape[0] // self.experts
         end = min(end, self.experts)
-        return unmixed(self.stored.rows(begin * height, end * height), end - begin, _turns(self.name))
+        return from_rows(self.stored.rows(begin * height, end * height), end - begin, self.name, self.turned)
 
     def read(self) -> npt.NDArray[Any]:
         return self.rows(0, self.experts)
@@ -250,15 +306,15 @@ def find_experts(checkpoint: Checkpoint, name: str, experts: int | None) -> Tens
         ModelError: the experts are not matrices of one shape.
     """
     tensors, plain = checkpoint.tensors, name.removesuffix(ROWS)
-    stored = tensors.get(f"{plain}{ROWS}")
+    stored, turned = tensors.get(f"{plain}{ROWS}"), checkpoint.config.model_type in TURNED
     if name == plain and stored is not None and experts and stored.shape[0] % experts == 0:
-        return ExpertStack(name, stored, experts)
+        return ExpertStack(name, stored, experts, turned)
     if plain in checkpoint.joined:
         parts = tuple(tuple(tensors[n] for n in expert) for expert in checkpoint.joined[plain])
         _check_shapes(parts)
         rows = _rows_of(f"{plain}{ROWS}", parts)
-        return rows if name != plain else ExpertStack(name, rows, len(parts))
+        return rows if name != plain else ExpertStack(name, rows, len(parts), turned)
     whole = tensors.get(checkpoint.renamed.get(plain, plain))
     if name == plain or whole is None or len(whole.shape) != 3:
         return None
-    return ExpertRows(name, _cut(whole, _turns(name)))
+    return ExpertRows(name, _cut(_Transposed(whole), 1) if turned else _cut(whole, _turns(name)))

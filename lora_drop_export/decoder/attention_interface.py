@@ -26,6 +26,7 @@ class AttentionCall:
         scale: of the scores.
         window: sliding window in positions, the token itself included; 0 for none.
         softcap: of the scores; 0 for none.
+        sinks: [H], a score of each head that takes its share of the softmax and has no value; None for none.
     """
 
     module: Any
@@ -35,6 +36,16 @@ class AttentionCall:
     scale: float
     window: int
     softcap: float
+    sinks: Any = None
+
+    def weights(self, scores: Any) -> Any:
+        """The softmax over the last axis of scores [.., H, S, C], less what the sinks take of it."""
+        import torch
+
+        if self.sinks is None:
+            return torch.softmax(scores, dim=-1)
+        sinks = self.sinks.to(scores.dtype).reshape(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
 
 
 def _masked_window(module: Any) -> int | None:
@@ -61,19 +72,19 @@ def register_attention(name: str, attend: Callable[[AttentionCall], Any]) -> Non
         dropout: float = 0.0,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        s_aux: Any = None,
         **kwargs: Any,
     ) -> tuple[Any, None]:
         for present, feature in (
             (attention_mask is not None, "an attention mask of its own"),
             (not getattr(module, "is_causal", True), "attention that is not causal"),
-            (kwargs.get("s_aux") is not None, "attention sinks"),
             (kwargs.get("position_bias") is not None, "an attention position bias"),
         ):
             if present:
                 raise unsupported(feature, getattr(module, "config", None))
         scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
         window = window_within(module.config, sliding_window or _masked_window(module))
-        call = AttentionCall(module, query, key, value, scale, window, float(softcap or 0.0))
+        call = AttentionCall(module, query, key, value, scale, window, float(softcap or 0.0), s_aux)
         return attend(call), None
 
     AttentionInterface.register(name, attention)

@@ -1,17 +1,19 @@
 """transformers' experts interface: a mixture of experts as one node of the trace.
 
-    lora_drop::Experts(x, index, weights, gate and up, down), attribute `experts`: E
-    [T, d], int64 [T, K], [T, K], [E·2I, d], [E·d, I] → [T, d]
+    lora_drop::Experts(x, index, weights, gate and up, down[, their biases]), attributes experts: E, per_token: K
+    [T, d], int64 [T, K], [T, K], [E·2I, d], [E·d, I], [E, 2I], [E, d] → [T, d]
 
-Expert e makes `down_e (silu(gate_e x) · up_e x)` of a token x, and the result is the sum over the token's K experts,
-each times its weight. The two matrices have the experts' own one below the other, a row of gate and one of up in turns:
-what an engine reads for one expert is one piece then. In the checkpoint they may lie otherwise (checkpoint/experts.py).
-Experts that no step graph holds are refused where the modules are looked at (refusals.py).
+Expert e makes of a token x `down_e (g · σ(α g) · (u + β))`, where g is `gate_e x` and u `up_e x`, each with its bias,
+and, where there is a limit, g at most that and u between it and less it. `α = 1, β = 0` is SiLU. The result is the sum
+over the token's K experts, each times its weight. The two matrices have the experts' own one below the other, a row of
+gate and one of up in turns, and so have the biases: what an engine reads for one expert is one piece then. In the
+checkpoint they may lie otherwise (checkpoint/experts.py). Experts that no step graph holds are refused where the
+modules are looked at (refusals.py).
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from fractions import Fraction
 from typing import Any
 
@@ -21,6 +23,9 @@ from lora_drop_runtime.errors import ModelError
 from lora_drop_export.checkpoint.experts import ROWS
 
 from .attention_interface import DOMAIN
+from .gates import gate_of
+
+_MATRICES = (3, 4)  # their places among a node's inputs
 
 
 def is_mixture(node: ir.Node) -> bool:
@@ -28,8 +33,13 @@ def is_mixture(node: ir.Node) -> bool:
     return node.domain == DOMAIN and node.op_type == "Experts"
 
 
+def is_matrix_of_experts(node: ir.Node, place: int) -> bool:
+    """Whether a node of a trace reads all experts' matrices at a place."""
+    return is_mixture(node) and place in _MATRICES
+
+
 def _emit(module: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
-    """One Experts node in place of a call; `gate_up_proj` [E, 2·I, d] has gate above up."""
+    """One Experts node in place of a call, with the parameters as transformers has them."""
     import torch
 
     if top_k_index.shape[1] == 0:
@@ -38,10 +48,17 @@ def _emit(module: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any)
             note="Its routers send a token to 0 experts; needed is 1 at least.",
             hint="Check config.json.",
         )
+    gate = gate_of(module)
+    assert gate is not None  # else refused
+    biases = (module.gate_up_proj_bias, module.down_proj_bias) if module.has_bias else ()
     (output,) = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::Experts",
-        (hidden_states, top_k_index, top_k_weights, module.gate_up_proj, module.down_proj),
-        attrs={"experts": module.gate_up_proj.shape[0], "per_token": top_k_index.shape[1]},
+        (hidden_states, top_k_index, top_k_weights, module.gate_up_proj, module.down_proj, *biases),
+        attrs={
+            "experts": module.gate_up_proj.shape[0],
+            "per_token": top_k_index.shape[1],
+            **dataclasses.asdict(gate),
+        },
         dtypes=(hidden_states.dtype,),
         shapes=(hidden_states.shape,),
         version=1,
@@ -56,23 +73,30 @@ def register_experts(name: str) -> None:
     ALL_EXPERTS_FUNCTIONS.register(name, _emit)
 
 
-def name_experts(graph: ir.Graph) -> dict[str, Fraction]:
+def name_experts(graph: ir.Graph, turned: bool) -> dict[str, Fraction]:
     """Give the matrices of experts the form and the name that they have in a bundle; returns the share of each that one
     token reads.
+
+    Args:
+        turned: whether transformers has them transposed, as in the families `TURNED`.
     """
-    shares = {}
+    shares: dict[str, Fraction] = {}
     for node in graph:
         if not is_mixture(node):
             continue
-        for place in (3, 4):
+        share = Fraction(*(node.attributes[name].as_int() for name in ("per_token", "experts")))
+        shares |= {str(bias.name): share for bias in node.inputs[5:] if bias is not None}
+        for place in _MATRICES:
             before = node.inputs[place]
             assert before is not None
             assert before.shape is not None
-            sizes = [int(size) for size in before.shape]  # type: ignore[arg-type]
+            count, height, width = (int(size) for size in before.shape)  # type: ignore[arg-type]
+            if turned:
+                height, width = width, height
             name = f"{before.name}{ROWS}"
-            made = ir.Value(name=name, shape=ir.Shape([math.prod(sizes[:2]), sizes[2]]), type=before.type)
+            made = ir.Value(name=name, shape=ir.Shape([count * height, width]), type=before.type)
             node.replace_input_with(place, made)
             graph.initializers.add(made)
             del graph.initializers[str(before.name)]
-            shares[name] = Fraction(node.attributes["per_token"].as_int(), sizes[0])
+            shares[name] = share
     return shares

@@ -6,7 +6,10 @@ from typing import Any
 
 from lora_drop_runtime.errors import ModelError
 
+from lora_drop_export.checkpoint.experts import TURNED
 from lora_drop_export.checkpoint.foreign import refused
+
+from .gates import gate_of
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _ALIBI = ("bloom",)  # whose configs do not say so
@@ -65,22 +68,15 @@ def is_of_experts(module: Any) -> bool:
 
 
 def _refuse_experts(experts: Any, config: Any) -> None:
-    """Experts of another formula than `down (silu(gate x) · up x)`."""
-    import torch
-    from transformers.activations import SiLUActivation
-    from transformers.integrations import moe
-
+    """Experts of another formula than that of experts.py, or whose matrices lie in no form that is known."""
+    turned = config.model_type in TURNED
     for other, feature in (
         (not experts.has_gate, "experts without a gate"),
-        (experts.has_bias, "experts with biases"),
-        (experts.is_transposed, "experts whose matrices are transposed"),
-        (not getattr(experts, "is_concatenated", True), "experts whose gate and up are one matrix in turns"),
+        (experts.has_bias and not turned, "experts with biases"),
+        (experts.is_transposed and not turned, "experts whose matrices are transposed"),
+        (not getattr(experts, "is_concatenated", True) and not turned, "experts whose gate and up lie in turns"),
         (getattr(experts, "has_post_expert_norm", False), "experts whose outputs are normed"),
-        (type(experts)._apply_gate is not moe._default_apply_gate, "experts with a gate of their own"),
-        (
-            not isinstance(getattr(experts, "act_fn", None), torch.nn.SiLU | SiLUActivation),
-            "experts with another activation than SiLU",
-        ),
+        (experts.has_gate and gate_of(experts) is None, "experts with a gate of their own, or no SiLU"),
     ):
         if other:
             raise unsupported(feature, config)

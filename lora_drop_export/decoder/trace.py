@@ -1,9 +1,10 @@
 """One trace of the unmodified transformers model, shapes only.
 
 Enters: a checkpoint, of which only the config is used. Leaves: a `TracedModel`: an onnx-ir graph of the decoder where
-  - each attention is one `lora_drop::CacheAttention(query, key, value)` node, heads split and RoPE applied,
-    query [B, H, S, D], key and value [B, Hkv, S, D] → [B, S, H, D], attributes layer, scale, sliding_window, softcap;
-  - each mixture of experts is one `lora_drop::Experts(x, index, weights, gate and up, down)` node (experts.py);
+  - each attention is one `lora_drop::CacheAttention(query, key, value[, sinks])` node, heads split and RoPE applied,
+    query [B, H, S, D], key and value [B, Hkv, S, D], sinks [H] → [B, S, H, D], attributes layer, scale, sliding_window,
+    softcap;
+  - each mixture of experts is one `lora_drop::Experts` node (experts.py);
   - the residual stream carries the names `hidden_states.0` … `hidden_states.n` (layer i reads i and makes i+1);
   - parameters are initializers with their Hugging Face names, external and without data;
   - inputs are `input_ids` [B, S], `len_kept` [B], `logits_index` [B, R], the output is `logits` [B, R, V].
@@ -25,6 +26,7 @@ from lora_drop_runtime.bundle.graph_io import Heads
 from lora_drop_runtime.errors import ModelError, first_line
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
+from lora_drop_export.checkpoint.experts import TURNED
 from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.weights.resolve import resolve_tensors
 
@@ -131,7 +133,7 @@ def _emit_attention(call: AttentionCall, calls: _Calls) -> Any:
     calls.keys.append(call.key)
     (output,) = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::CacheAttention",
-        (call.query, call.key, call.value),
+        (call.query, call.key, call.value, *(() if call.sinks is None else (call.sinks,))),
         attrs={"layer": layer, "scale": call.scale, "sliding_window": call.window, "softcap": call.softcap},
         dtypes=(call.query.dtype,),
         shapes=((batch, sequence, heads, value_dim),),
@@ -346,7 +348,7 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
         resolve_tensors(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()}, tied)
     with _quiet():
         graph = _graph(wrapper, layers, calls, seen, tied, fake)
-    expert_shares = name_experts(graph.graph)
+    expert_shares = name_experts(graph.graph, config.model_type in TURNED)
     narrow_parameters(graph.graph, dtype)
     parameters = leave_places(graph)
     for _, _, head_dim, value_dim in calls.shapes:

@@ -8,25 +8,30 @@ the place of what `match_experts` finds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import onnx_ir as ir
 
+from lora_drop_export.decoder.gates import Gate
+
 from .match import QuantizedBlocks, match_weight
 from .nodes import Ops, replace_node
 
-_PREFIX = "experts."  # begins the name of the node that gives the sum over the experts
+# Begins the name of the node that gives the sum over the experts; what their gate has of its own follows
+_PREFIX = "experts."
 
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts: `down (silu(gate x) · up x)` of the chosen ones, times their weights, summed.
+    """A mixture of experts, as decoder/experts.py says it: the chosen ones of a token, times their weights, summed.
 
     Attributes:
         x: [T, d].
         index: int64 [T, K], the chosen experts; `weights` [T, K] theirs, `dense` [T, E] the same beside zeros.
         gate_up: [E·2I, d], a row of gate and one of up in turns; `down` [E·d, I]; `blocks` of each where quantized.
+        biases: of these, [E, 2I] and [E, d]; None where there are none.
+        gate: how gate and up are joined.
         count: E.
     """
 
@@ -37,6 +42,8 @@ class Experts:
     gate_up: ir.Value
     down: ir.Value
     blocks: tuple[QuantizedBlocks | None, QuantizedBlocks | None]
+    biases: tuple[ir.Value | None, ir.Value | None]
+    gate: Gate
     count: int
 
     @property
@@ -50,28 +57,54 @@ class Experts:
         return tuple(int(weight.shape[1]) for weight in (self.gate_up, self.down))  # type: ignore[index, arg-type, return-value]
 
 
+def _name(gate: Gate, down: str) -> str:
+    own = {name: value for name, value in asdict(gate).items() if value != getattr(Gate(), name)}
+    return f"{_PREFIX}{''.join(f'{name}={value!r};' for name, value in own.items())}{down}"
+
+
+def _gate(name: str) -> Gate:
+    """What `_name` was given."""
+    *own, _ = name.removeprefix(_PREFIX).split(";")
+    return Gate(**{key: float(value) for key, _, value in (one.partition("=") for one in own)})
+
+
+def _joined(ops: Ops, gate: Gate, g: ir.Value, u: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """The gate's formula."""
+
+    def number(value: float) -> ir.Value:
+        return ops.constant(np.array(value, dtype.numpy()))
+
+    if gate.limit:
+        g, u = ops("Min", g, number(gate.limit)), ops("Clip", u, number(-gate.limit), number(gate.limit))
+    steep = ops("Mul", g, number(gate.alpha)) if gate.alpha != 1 else g
+    return ops("Mul", ops("Mul", g, ops("Sigmoid", steep)), ops("Add", u, number(gate.added)) if gate.added else u)
+
+
 def expand_experts(graph: ir.Graph, node: ir.Node) -> None:
     """One Experts node of a trace becomes plain ONNX."""
-    x, index, weights, gate_up, down = node.inputs
+    x, index, weights, gate_up, down, *biases = node.inputs
     assert x is not None
     assert x.dtype is not None
+    assert down is not None
+    form = Gate(*(node.attributes[field.name].as_float() for field in fields(Gate)))
     count, ops = node.attributes["experts"].as_int(), Ops()
     if weights is not None and weights.dtype != x.dtype:  # of a router that computes in float32
         sizes, weights = weights.shape, ops("Cast", weights, to=int(x.dtype))
         weights.shape, weights.type = sizes, x.type
 
-    def product(value: ir.Value, rows: ir.Value | None) -> ir.Value:
+    def product(value: ir.Value, rows: ir.Value | None, bias: list[ir.Value | None]) -> ir.Value:
         """Of [·, T, K] and each expert's matrix, [E, T, N]."""
         assert rows is not None
         assert rows.shape is not None
         height, columns = int(rows.shape[0]) // count, int(rows.shape[1])  # type: ignore[arg-type]
         matrices = ops("Reshape", rows, ops.ints([count, height, columns]))
-        return ops("MatMul", value, ops("Transpose", matrices, perm=[0, 2, 1]))
+        made = ops("MatMul", value, ops("Transpose", matrices, perm=[0, 2, 1]))
+        return ops("Add", made, ops("Unsqueeze", bias[0], ops.ints([1]))) if bias else made
 
-    both = product(ops("Unsqueeze", x, ops.ints([0])), gate_up)  # [E, T, 2I]
+    both = product(ops("Unsqueeze", x, ops.ints([0])), gate_up, biases[:1])  # [E, T, 2I]
     end = ops.ints([2**31 - 1])
     gate, up = (ops("Slice", both, ops.ints([turn]), end, ops.ints([2]), ops.ints([2])) for turn in (0, 1))
-    each = product(ops("Mul", ops("Mul", gate, ops("Sigmoid", gate)), up), down)  # [E, T, d]
+    each = product(_joined(ops, form, gate, up, x.dtype), down, biases[1:])  # [E, T, d]
     shape = ops("Concat", ops("Shape", x, start=0, end=1), ops.ints([count]), axis=0)
     zero = ops.constant(np.zeros(1, x.dtype.numpy()))
     dense = ops("ScatterElements", ops("Expand", zero, shape), index, weights, axis=1)  # [T, E]
@@ -79,7 +112,7 @@ def expand_experts(graph: ir.Graph, node: ir.Node) -> None:
     shares = ops("Unsqueeze", ops("Transpose", dense, perm=[1, 0]), ops.ints([2]))  # [E, T, 1]
     each = ops("Where", ops("Greater", shares, zero), each, zero)  # what was not chosen may be infinite
     result = ops("ReduceSum", ops("Mul", each, shares), ops.ints([0]), keepdims=0)
-    ops.nodes[-1].name = f"{_PREFIX}{down.name}"  # type: ignore[union-attr]
+    ops.nodes[-1].name = _name(form, str(down.name))
     replace_node(graph, node, ops, result)
     graph.remove(node, safe=True)
 
@@ -94,13 +127,23 @@ def _made_by(value: ir.Value | None, *way: int) -> ir.Node:
     return node
 
 
+def _product(node: ir.Node) -> tuple[ir.Node, ir.Value | None]:
+    """The MatMul that a node is or adds a bias to, and that bias."""
+    if node.op_type != "Add":
+        return node, None
+    return _made_by(node.inputs[0]), _made_by(node.inputs[1]).inputs[0]
+
+
 def match_experts(node: ir.Node) -> Experts | None:
     """The mixture of experts whose sum a node gives, as `expand_experts` wrote it; None of any other node."""
     if node.op_type != "ReduceSum" or not str(node.name).startswith(_PREFIX):
         return None
     each, shares = _made_by(node.inputs[0]).inputs
-    scatter, down = _made_by(shares, 0, 0), _made_by(each, 1)
-    both = _made_by(down.inputs[0], 1, 0)
+    scatter, (down, down_bias) = _made_by(shares, 0, 0), _product(_made_by(each, 1))
+    up = _made_by(down.inputs[0], 1)
+    while up.op_type != "Slice":
+        up = _made_by(up.inputs[0])
+    both, bias = _product(_made_by(up.inputs[0]))
     matrices = [_made_by(product.inputs[1], 0) for product in (both, down)]
     (gate_up, first), (rows, second) = (match_weight(reshape.inputs[0]) for reshape in matrices)
     x, (_, index, weights) = _made_by(both.inputs[0]).inputs[0], scatter.inputs
@@ -111,7 +154,18 @@ def match_experts(node: ir.Node) -> Experts | None:
     assert gate_up is not None
     assert rows is not None
     assert count is not None
-    return Experts(x, index, weights, scatter.outputs[0], gate_up, rows, (first, second), int(count.numpy()[0]))
+    return Experts(
+        x=x,
+        index=index,
+        weights=weights,
+        dense=scatter.outputs[0],
+        gate_up=gate_up,
+        down=rows,
+        blocks=(first, second),
+        biases=(bias, down_bias),
+        gate=_gate(str(node.name)),
+        count=int(count.numpy()[0]),
+    )
 
 
 def replace_experts(graph: ir.Graph, lower: Callable[[Ops, Experts], ir.Value]) -> None:

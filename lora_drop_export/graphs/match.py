@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from lora_drop_export.decoder.experts import is_mixture
+from lora_drop_export.decoder.experts import is_matrix_of_experts, is_mixture
 
 from .nodes import rank, viewed
 
@@ -206,7 +206,8 @@ def quantizable(graph: ir.Graph) -> frozenset[str]:
     def is_weight(value: ir.Value) -> bool:
         uses = list(value.uses())
         return bool(uses) and all(
-            _is_linear(use.node) or _is_lookup(use.node, use.idx) or is_mixture(use.node) for use in uses
+            _is_linear(use.node) or _is_lookup(use.node, use.idx) or is_matrix_of_experts(use.node, use.idx)
+            for use in uses
         )
 
     found = frozenset(name for name, value in graph.initializers.items() if is_weight(value))

@@ -3,8 +3,9 @@
 Enters: the traced graph, a drop plan, where each weight lies, adapters. Leaves: `refresh.onnx` and `lora.onnx` as
 protos in plain ONNX (opset 24), with the inputs and outputs of lora_drop_runtime.graph_io. Knows no target.
 
-    refresh_from_trace          CacheAttention → TensorScatter (K), TensorScatter (V), Attention with an explicit mask;
-                                state outputs for dropped layers; Experts → all of them (experts.py)
+    refresh_from_trace          CacheAttention → TensorScatter (K), TensorScatter (V), Attention with an explicit mask,
+                                scaled where it has sinks (sinks.py); state outputs for dropped layers; Experts → all of
+                                them (experts.py)
     lora_step_from_refresh      each dropped layer is cut out and its surrogate put in; S = 1
     with_rows_chosen_early      the refresh graph's choice of rows, from before the head up to the last attention
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -33,6 +35,7 @@ from lora_drop_export.decoder.trace import TracedModel
 from .experts import expand_experts
 from .match import SYMMETRIC, ZERO_POINTS
 from .nodes import Ops
+from .sinks import scaled_by_sinks
 from .values import IR_VERSION, OPSET, external, initializer, middle_name, named, stream_names, typed_value
 
 
@@ -123,7 +126,7 @@ def _expand_cache_attention(
     softcap = node.attributes["softcap"].as_float()
     presents, caches = {}, []
     ops = Ops()
-    for part, tensor in zip(("key", "value"), node.inputs[1:], strict=True):
+    for part, tensor in zip(("key", "value"), node.inputs[1:3], strict=True):
         past = inputs[f"past_{part}.{layer}"]
         stored = kv_scales.get(f"kv_scales.{layer}.{part}")
         if stored is None:
@@ -136,16 +139,20 @@ def _expand_cache_attention(
         caches.append(cache)
     query = node.inputs[0]
     assert query is not None
-    attributes: dict[str, float] = {"scale": node.attributes["scale"].as_float()}
+    attributes: dict[str, Any] = {"scale": node.attributes["scale"].as_float()}
     if softcap:
         attributes["softcap"] = softcap
-    attention = ir.node("Attention", [query, *caches, masks.get(layer, window)], attributes)  # [B, H, S, D]
-    heads_last = ir.node("Transpose", [attention.outputs[0]], {"perm": [0, 2, 1, 3]})  # [B, S, H, D]
-    for made in (attention, heads_last):
-        made.outputs[0].type = query.type
-    heads_last.outputs[0].shape = node.outputs[0].shape
-    node.outputs[0].replace_all_uses_with(heads_last.outputs[0])
-    graph.insert_after(node, [*ops.nodes, attention, heads_last])
+    attended = ops("Attention", query, *caches, masks.get(layer, window), **attributes)  # [B, H, S, D]
+    attended.type = query.type
+    if len(node.inputs) > 3:
+        sinks = node.inputs[3]
+        assert sinks is not None
+        kv_heads = int(inputs[f"past_key.{layer}"].shape[1])  # type: ignore[index, arg-type]
+        attended = scaled_by_sinks(ops, ops.nodes[-1], sinks, kv_heads)
+    heads_last = ops("Transpose", attended, perm=[0, 2, 1, 3])  # [B, S, H, D]
+    heads_last.type, heads_last.shape = query.type, node.outputs[0].shape
+    node.outputs[0].replace_all_uses_with(heads_last)
+    graph.insert_after(node, ops.nodes)
     graph.remove(node, safe=True)
     return presents
 

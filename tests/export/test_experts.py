@@ -27,7 +27,7 @@ from lora_drop_export.cli import main
 from lora_drop_export.decoder.loaded import load_model
 from lora_drop_export.weights.resolve import find_tensor
 from tests.support.bundles import more_family
-from tests.support.models import FEW, build, granitemoe, qwen2_moe
+from tests.support.models import FEW, build, gpt_oss, granitemoe, qwen2_moe
 
 BOTH = ["--target", "ort", "--target", "openvino"]
 WHOLE = ["--always-first", "0", "--always-last", "0", "--max-seq-len", "32", "--threads", "1"]
@@ -63,9 +63,9 @@ def exported(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("builder", [mixtral, qwen2_moe, granitemoe])
+@pytest.mark.parametrize("builder", [mixtral, qwen2_moe, granitemoe, gpt_oss])
 def test_checkpoints_are_read_as_transformers_reads_them(builder, tmp_path):
-    """Apart, apart under other names, or as one tensor; each in whatever pieces it is asked for."""
+    """Apart, apart under other names, as one tensor, or as a transposed one; in whatever pieces it is asked for."""
     builder().save_pretrained(tmp_path)
     theirs = dict(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
     ours = dict(load_model(str(tmp_path)).model.named_parameters())
@@ -78,9 +78,13 @@ def test_checkpoints_are_read_as_transformers_reads_them(builder, tmp_path):
             continue
         rows = find_tensor(checkpoint, f"{name}.rows")
         assert isinstance(rows, ExpertRows)
-        count, height, width = parameter.shape
-        turns = 2 if "gate_up" in name else 1
-        want = parameter.detach().reshape(count, turns, height // turns, width).transpose(1, 2).reshape(-1, width)
+        if builder is gpt_oss:
+            want = parameter.detach().transpose(1, 2).flatten(0, 1)
+            height = parameter.shape[2]
+        else:
+            count, height, width = parameter.shape
+            turns = 2 if "gate_up" in name else 1
+            want = parameter.detach().reshape(count, turns, height // turns, width).transpose(1, 2).reshape(-1, width)
         assert rows.shape == tuple(want.shape)
         assert rows.size_bytes == want.nbytes
         for begin, end in ((0, len(want)), (0, 1), (1, 2), (height - 1, height + 2), (3, 2 * height + 1), (5, 5)):
@@ -88,7 +92,7 @@ def test_checkpoints_are_read_as_transformers_reads_them(builder, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
-@pytest.mark.parametrize("builder", [qwen2_moe, granitemoe])
+@pytest.mark.parametrize("builder", [qwen2_moe, granitemoe, gpt_oss])
 def test_bundles_are_read_back(builder, dtype, exported):
     """What transformers is given of a bundle are the checkpoint's experts, up to their rounding."""
     model, bundle = exported(builder, dtype)
@@ -114,9 +118,10 @@ def neutral_logits(root, ids):
     return session.run(["logits"], feeds)[0]
 
 
-def test_the_neutral_graph_is_plain_onnx(exported):
+@pytest.mark.parametrize("builder", [granitemoe, gpt_oss])
+def test_the_neutral_graph_is_plain_onnx(builder, exported):
     """Any runtime of ONNX computes what transformers does."""
-    model, root = exported(granitemoe, "fp32")
+    model, root = exported(builder, "fp32")
     ids = np.random.default_rng(3).integers(0, 131, (2, 7))
     with torch.no_grad():
         want = model(torch.tensor(ids)).logits.numpy()
@@ -182,12 +187,12 @@ def test_openvino_reads_the_chosen_experts_alone(exported):
 
     The dropped layer's stands in an If, whose inside it does not show.
     """
-    for dtype in ("fp32", "int4"):
-        _, root = exported(granitemoe, dtype)
+    for builder, dtype in ((granitemoe, "fp32"), (granitemoe, "int4"), (gpt_oss, "fp32"), (gpt_oss, "int8")):
+        _, root = exported(builder, dtype)
         engine = OpenVinoEngine(Bundle.open(root), threads=1)
         nodes = engine.compiled.model.get_runtime_model().get_ops()
         kinds = [node.get_rt_info()["layerType"].astype(str) for node in nodes]
-        assert kinds.count("GatherMatmul") == 2, dtype
+        assert kinds.count("GatherMatmul") == 2, (builder, dtype)
         assert "Tile" not in kinds
 
 

@@ -243,6 +243,21 @@ def granitemoe() -> transformers.PreTrainedModel:
     return build(transformers.GraniteMoeForCausalLM, transformers.GraniteMoeConfig, seed=62, **options)
 
 
+def gpt_oss() -> transformers.PreTrainedModel:
+    """Attention sinks, a window in one of two layers; experts with biases, a gate with limits, and what transformers
+    has transposed."""
+    options = FEW | {"num_local_experts": 4, "num_experts_per_tok": 3, "head_dim": 16, "swiglu_limit": 0.6}
+    options |= {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    return build(
+        transformers.GptOssForCausalLM,
+        transformers.GptOssConfig,
+        seed=66,
+        **options,
+        rope_parameters=rope | {"truncate": False},
+    )
+
+
 # Of fewer layers and tested in fewer ways: what each of them adds to those above
 MORE_FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     builder.__name__: builder
@@ -259,5 +274,6 @@ MORE_FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
         gemma4,
         qwen2_moe,
         granitemoe,
+        gpt_oss,
     )
 }

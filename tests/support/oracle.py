@@ -222,7 +222,7 @@ def norm_after_attention(layer: torch.nn.Module) -> torch.nn.Module | None:
 
 
 def attention(
-    module, query, key, value, _mask, scaling, sliding_window=None, softcap=None, **_unused
+    module, query, key, value, _mask, scaling, sliding_window=None, softcap=None, s_aux=None, **_unused
 ) -> tuple[Tensor, None]:
     """Softmax attention of one new token over this layer's own list of slots.
 
@@ -245,7 +245,9 @@ def attention(
     scores = (query[0, :, 0] * K).sum(-1) * scaling  # [T, H]
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.softmax(dim=0)  # over the slots
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux[None]])
+    weights = scores.softmax(dim=0)[: len(V)]  # over the slots
     return (weights[:, :, None] * V).sum(0)[None, None], None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 from lora_drop_runtime.bundle.paged_io import BLOCK, DOMAIN, TABLES, cache_names, table_names
 from lora_drop_runtime.errors import ModelError
@@ -54,11 +56,11 @@ def _tables(group: str) -> list[ir.Value]:
     return [ir.val(name, ir.DataType.INT32, shape) for name, shape in zip(table_names(group), shapes, strict=True)]
 
 
-def _no_capped_int8(layer: int, softcap: float) -> ModelError:
+def _not_capped(what: str, hint: str, layer: int, softcap: float) -> ModelError:
     return ModelError(
-        "Target openvino has no int8 caches for attention with a soft cap.",
+        f"Target openvino has no {what} for attention with a soft cap.",
         note=f"Layer {layer} caps its scores at {softcap:g}.",
-        hint="Leave --kv-dtype out, or use --target ort.",
+        hint=hint,
     )
 
 
@@ -76,7 +78,7 @@ def _capped(ops: Ops, attended: ir.Value, softcap: float) -> ir.Value:
     return result
 
 
-def _lower_one(graph: ir.Graph, node: ir.Node, layer: int, tables: list[ir.Value]) -> None:
+def _lower_one(graph: ir.Graph, node: ir.Node, layer: int, tables: list[ir.Value], sinks: ir.Value | None) -> None:
     writes = [cache_write(value) for value in node.inputs[1:3]]
     caches = [_cache(name, write.inputs[0]) for name, (write, _, _) in zip(cache_names([layer]), writes, strict=True)]
     graph.inputs.extend(caches)
@@ -88,7 +90,7 @@ def _lower_one(graph: ir.Graph, node: ir.Node, layer: int, tables: list[ir.Value
     scale, window = node.attributes["scale"].as_float(), mask_window(node)
     attended = ops(
         "PagedAttention",
-        *(query, key, value, *caches, *tables),
+        *(query, key, value, *caches, *tables, *(() if sinks is None else (sinks,))),
         domain=DOMAIN,
         scale=scale,
         window=window,
@@ -97,14 +99,21 @@ def _lower_one(graph: ir.Graph, node: ir.Node, layer: int, tables: list[ir.Value
     attended.name = f"attended.{layer}"
     attended.type, attended.shape = query.type, ir.Shape(["tokens", heads * head_dim])
     if "softcap" in node.attributes:
+        softcap = node.attributes["softcap"].as_float()
+        if sinks is not None:
+            raise _not_capped("sinks", "Use --target ort.", layer, softcap)
         if any(scale is not None for _, _, scale in writes):
-            raise _no_capped_int8(layer, node.attributes["softcap"].as_float())
-        attended = _capped(ops, attended, node.attributes["softcap"].as_float())
+            raise _not_capped("int8 caches", "Leave --kv-dtype out, or use --target ort.", layer, softcap)
+        attended = _capped(ops, attended, softcap)
     replace_node(graph, heads_last, ops, ops("Reshape", attended, ops.ints([1, -1, heads, head_dim])))
 
 
-def lower_attention(graph: ir.Graph, plan: DropPlan) -> None:
-    """Every attention, and the inputs that they need."""
+def lower_attention(graph: ir.Graph, plan: DropPlan, sinks: Mapping[ir.Node, ir.Value]) -> None:
+    """Every attention, and the inputs that they need.
+
+    Args:
+        sinks: of the attentions that have some.
+    """
     dropped = set(plan.dropped_attentions)
     groups = {group: _tables(group) for group in ("kept", "dropped")}
     for group, used in (("kept", len(dropped) < plan.num_layers), ("dropped", bool(dropped))):
@@ -115,7 +124,7 @@ def lower_attention(graph: ir.Graph, plan: DropPlan) -> None:
             continue
         past = cache_write(node.inputs[1])[0].inputs[0]
         layer = int(str(past.name).rpartition(".")[2])  # type: ignore[union-attr]
-        _lower_one(graph, node, layer, groups["dropped" if layer in dropped else "kept"])
+        _lower_one(graph, node, layer, groups["dropped" if layer in dropped else "kept"], sinks.get(node))
 
 
 def rotate_tokens_first(graph: ir.Graph) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import onnx_ir as ir
 from lora_drop_runtime.bundle.paged_io import DOMAIN
 
@@ -17,7 +19,9 @@ def lower_experts(graph: ir.Graph) -> None:
             weight_inputs(graph, weight, blocks)
             for weight, blocks in zip((experts.gate_up, experts.down), experts.blocks, strict=True)
         )
+        biases = [bias for bias in experts.biases if bias is not None]
         attributes = {"experts": experts.count, "quantized": quantized, "quantized_down": quantized_down}
-        return ops("Experts", experts.x, experts.index, experts.weights, *up, *down, domain=DOMAIN, **attributes)
+        inputs = (experts.x, experts.index, experts.weights, *up, *down, *biases)
+        return ops("Experts", *inputs, domain=DOMAIN, **attributes, **asdict(experts.gate))
 
     replace_experts(graph, lower)

@@ -29,6 +29,8 @@ from lora_drop_runtime.bundle.paged_io import DOMAIN, paged_steps_name
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
+from lora_drop_export.graphs.sinks import take_sinks
+
 from .attention import lower_attention, rotate_tokens_first
 from .experts import lower_experts
 from .linears import lower_linears, lower_lookups
@@ -49,7 +51,7 @@ def openvino_from_neutral(refresh: onnx.ModelProto, lora: onnx.ModelProto, plan:
     graph = model.graph
     model.opset_imports[DOMAIN] = 1
     graph.outputs[:] = graph.outputs[:1]  # caches are written in place; sites.py makes the states
-    lower_attention(graph, plan)
+    lower_attention(graph, plan, take_sinks(graph))
     RemoveUnusedNodesPass()(model)
     pack_tokens(graph)
     lower_experts(graph)

@@ -96,9 +96,14 @@ def pad_cache_write(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def lower_attention(
-    graph: ir.Graph, node: ir.Node, lengths: Lengths, rotations: Rotations, packing: Packing | None
+    graph: ir.Graph,
+    node: ir.Node,
+    lengths: Lengths,
+    rotations: Rotations,
+    packing: Packing | None,
+    sinks: ir.Value | None,
 ) -> None:
-    # Cases 6 to 9 and 11
+    # Cases 6 to 9, 11 and 14
     query = node.inputs[0]
     assert query is not None
     heads, head_dim = int(query.shape[1]), int(query.shape[3])  # type: ignore[index, arg-type]
@@ -120,13 +125,17 @@ def lower_attention(
         scales = [_padded_scales(ops, scale, head_dim, padded) for scale in channels]
         kind = "PER_CHANNEL" if query.dtype == ir.DataType.FLOAT else "PER_TENSOR"
         attributes |= {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": 8}
-    folds = heads // kv_heads >= MIN_FOLD and query.dtype == ir.DataType.FLOAT and key_scale is None and not window
+    plain = key_scale is None and sinks is None and not window
+    folds = heads // kv_heads >= MIN_FOLD and query.dtype == ir.DataType.FLOAT and plain
     rows: list[ir.Value | None] = [None, None, None]
-    rotary: list[ir.Value | None] = [None] * 5
+    rotary: list[ir.Value | None] = [None] * 3
+    biases: list[ir.Value | None] = [None, None]  # of the scores, and the sinks
+    if sinks is not None:
+        biases[1] = sinks if sinks.dtype == query.dtype else ops("Cast", sinks, to=int(query.dtype))  # type: ignore[arg-type]
     rotated = None if folds or query.dtype != ir.DataType.FLOAT else rotations.joined(query, key, value)
     if rotated is not None:
         rows[0], cos, sin = rotated  # [B, S, (H + 2 Hkv)·D]
-        rotary = [cos, sin, lengths.positions(), None, None]
+        rotary = [cos, sin, lengths.positions()]
         attributes["do_rotary"] = 1
     else:
         rows = [  # [B, S, H·D] or [B, S, Hkv·D]
@@ -146,7 +155,8 @@ def lower_attention(
         scales = [ops.constant(np.ones(1, np.float32))] * 2
     for past in (past_key, past_value):
         past.shape = ir.Shape([*past.shape[:3], padded])  # type: ignore[union-attr, index]
-    inputs = [*rows, past_key, past_value, *lengths.get(length), *rotary, *scales, None, None, lengths.new_tokens]
+    inputs = [*rows, past_key, past_value, *lengths.get(length), *rotary, *biases, *scales]
+    inputs += [None, None, lengths.new_tokens]
     while inputs[-1] is None:
         inputs.pop()
     any_rows, given = Ops(), list(inputs)

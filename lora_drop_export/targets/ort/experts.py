@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
+from lora_drop_export.decoder.gates import Gate
 from lora_drop_export.graphs.experts import Experts, replace_experts
 from lora_drop_export.graphs.initializers import seen_as
 from lora_drop_export.graphs.match import QuantizedBlocks
@@ -15,8 +18,13 @@ from .linears import MICROSOFT
 
 _BLOCKS = ".experts"  # ends the second names of matrices, a dimension for each expert
 _SMALLEST = float(np.finfo(np.float32).tiny)
-# silu(g) · u as their SwiGLU has it: rows of g and u in turns, no limit, and nothing added
-_SILU = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
+
+
+def _gate(gate: Gate) -> dict[str, Any]:
+    """As the attributes of their SwiGLU have it, of rows of gate and up in turns."""
+    given = {"activation_alpha": gate.alpha, "activation_beta": gate.added}
+    limit = {"swiglu_limit": gate.limit} if gate.limit else {}  # where it is left out there is none
+    return {"activation_type": "swiglu", "swiglu_fusion": 1, **given, **limit}
 
 
 def _in_floats(graph: ir.Graph, ops: Ops, experts: Experts) -> ir.Value:
@@ -28,11 +36,11 @@ def _in_floats(graph: ir.Graph, ops: Ops, experts: Experts) -> ir.Value:
     positive = ops("Max", experts.dense, ops.constant(np.array(_SMALLEST, np.float32)))
     made = ops(
         "MoE",
-        *(experts.x, ops("Log", positive), up, None, down),
+        *(experts.x, ops("Log", positive), up, experts.biases[0], down, experts.biases[1]),
         domain=MICROSOFT,
         k=experts.per_token,
         normalize_routing_weights=1,
-        **_SILU,
+        **_gate(experts.gate),
     )
     return ops("Mul", made, ops("ReduceSum", experts.weights, ops.ints([-1]), keepdims=1))
 
@@ -42,7 +50,7 @@ def _quantized(
 ) -> ir.Value:
     up, down = blocks
     (d, inner), count = experts.sizes, experts.count
-    inputs: dict[int, ir.Value] = {}
+    inputs: dict[int, ir.Value | None] = {4: experts.biases[0], 7: experts.biases[1]}
     symmetric = up.symmetric and down.symmetric
     for place, weight, block, rows, columns in (
         (2, experts.gate_up, up, 2 * inner, d),
@@ -64,7 +72,7 @@ def _quantized(
         accuracy_level=4,  # activations as int8, as in MatMulNBits
         normalize_routing_weights=0,
         weights_prepacked=0,
-        **_SILU,
+        **_gate(experts.gate),
     )
 
 

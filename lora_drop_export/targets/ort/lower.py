@@ -30,6 +30,7 @@ packs a second one, and no If keeps the provider from capturing a step as a CUDA
                                   outputs likewise, and GroupQueryAttention with one scale of 1: its fast kernel on CUDA
                                   knows one for a whole cache
     13. a mixture of experts    → MoE, or QMoE where it is quantized (experts.py)
+    14. attention sinks         → GroupQueryAttention's head_sink; it is not folded then
 
 Requires: the form that graphs/ makes. Ensures: no Attention or mask remains, and a TensorScatter without an
 attention only where a LoRA step writes a dropped attention's cache (`fill`), or where that is dead: before a dropped
@@ -50,6 +51,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 
 from lora_drop_export.graphs.match import linear_groups, match_linear
 from lora_drop_export.graphs.nodes import Ops, float32_logits, rank, replace_node
+from lora_drop_export.graphs.sinks import take_sinks
 from lora_drop_export.graphs.weight_inputs import stored_weights_as_inputs
 
 from .attention import lower_attention, pad_cache_write
@@ -77,6 +79,7 @@ def lower_step(proto: onnx.ModelProto, max_positions: int, ragged: bool = False)
     packing = None
     if lengths.new_tokens is not None and "logits_index" in lengths.inputs:
         packing = Packing(graph, lengths.new_tokens)
+    sinks = take_sinks(graph)
     for node in list(graph):
         if node.op_type == "Gather":
             lower_lookup(graph, node)
@@ -99,7 +102,7 @@ def lower_step(proto: onnx.ModelProto, max_positions: int, ragged: bool = False)
     rotations = Rotations(proto, graph, max_positions)
     for node in list(graph):
         if node.op_type == "Attention":
-            lower_attention(graph, node, lengths, rotations, packing)
+            lower_attention(graph, node, lengths, rotations, packing, sinks.get(node))
     for node in list(graph):
         if node.op_type == "TensorScatter":
             pad_cache_write(graph, node)

@@ -10,7 +10,7 @@ in the native form, so that ONNX Runtime can run it too; and the table of the we
                           as inputs only, where a loader lays the parts side by side
     4. weights as inputs  every initializer → a network input, to be bound to one device buffer by both engines; int4
                           weights packed, for Int4Gemm (plugins/tensorrt), which computes the linear layers then
-    5. softcap            Attention with softcap, which TensorRT's attention layer lacks → matrix products and softmax
+    5. softcap, sinks     Attention with what TensorRT's attention layer lacks → matrix products and softmax
     6. plugin form        TensorScatter ×2, Attention and what feeds them (RoPE, the norms of q and k, transposes)
                           → one SkipWriteKVAttention (plugins/tensorrt); by onnx-graphsurgeon
     7. last position      the last of a row's places is the largest: TensorRT's Gather has no index −1 on an axis whose
@@ -34,6 +34,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 
 from lora_drop_export.graphs.match import cache_write, mask_window
 from lora_drop_export.graphs.nodes import Ops, float32_logits, replace_node
+from lora_drop_export.graphs.sinks import take_sinks
 
 from .packed_weights import look_up_packed, multiply_packed, see_as_bytes
 from .plugin_form import plugin_from_native
@@ -108,15 +109,14 @@ def _let_plugin_round(graph: ir.Graph) -> None:
             node.replace_input_with(place, scale)
 
 
-def _expand_softcap(graph: ir.Graph, node: ir.Node) -> None:
+def _expand_attention(graph: ir.Graph, node: ir.Node, sinks: ir.Value | None) -> None:
     # Case 5
     query, key, value, mask = node.inputs
     assert query is not None
     assert key is not None
     heads, head_dim = int(query.shape[1]), int(query.shape[3])  # type: ignore[index, arg-type]
     groups = int(key.shape[1])  # type: ignore[index, arg-type]
-    softcap = node.attributes["softcap"].as_float()
-    ops = Ops()
+    scale, ops = node.attributes["scale"].as_float(), Ops()
 
     def number(value: float) -> ir.Value:
         made = ir.node("Constant", [], {"value": ir.tensor(np.array(value, np.float32))})
@@ -126,10 +126,19 @@ def _expand_softcap(graph: ir.Graph, node: ir.Node) -> None:
     rows = ops("Reshape", query, ops.ints([0, groups, heads // groups, -1, head_dim]))  # [B, G, H/G, S, D]
     keys = ops("Unsqueeze", ops("Transpose", key, perm=[0, 1, 3, 2]), ops.ints([2]))  # [B, G, 1, D, C]
     scores = ops("Cast", ops("MatMul", rows, keys), to=int(ir.DataType.FLOAT))  # [B, G, H/G, S, C]
-    scores = ops("Mul", scores, number(node.attributes["scale"].as_float() / softcap))
-    scores = ops("Mul", ops("Tanh", scores), number(softcap))
+    softcap = node.attributes["softcap"].as_float() if "softcap" in node.attributes else 0.0
+    scores = ops("Mul", scores, number(scale / (softcap or 1.0)))
+    if softcap:
+        scores = ops("Mul", ops("Tanh", scores), number(softcap))
     seen = ops("Where", ops("Unsqueeze", mask, ops.ints([2])), scores, number(float(np.finfo(np.float32).min)))
-    weights = ops("Cast", ops("Softmax", seen, axis=-1), to=int(query.dtype))  # type: ignore[arg-type]
+    if sinks is None:
+        shares = ops("Softmax", seen, axis=-1)
+    else:
+        each = ops("Reshape", ops("Cast", sinks, to=int(ir.DataType.FLOAT)), ops.ints([1, groups, -1, 1, 1]))
+        rows_like = ops("Concat", ops("Shape", seen, start=0, end=4), ops.ints([1]), axis=0)
+        both = ops("Softmax", ops("Concat", seen, ops("Expand", each, rows_like), axis=-1), axis=-1)
+        shares = ops("Slice", both, ops.ints([0]), ops.ints([-1]), ops.ints([-1]))
+    weights = ops("Cast", shares, to=int(query.dtype))  # type: ignore[arg-type]
     mixed = ops("MatMul", weights, ops("Unsqueeze", value, ops.ints([2])))  # [B, G, H/G, S, D]
     replace_node(graph, node, ops, ops("Reshape", mixed, ops.ints([0, heads, -1, head_dim])))  # [B, H, S, D]
 
@@ -175,8 +184,9 @@ def trt_from_neutral(
         weights = weights_as_inputs(graph, table)
     windows = {node.outputs[0].name or "": mask_window(node) for node in graph if node.op_type == "Attention"}
     if form == "native":
-        for node in [n for n in graph if n.op_type == "Attention" and "softcap" in n.attributes]:
-            _expand_softcap(graph, node)
+        sinks = take_sinks(graph)
+        for node in [n for n in graph if n.op_type == "Attention" and ("softcap" in n.attributes or n in sinks)]:
+            _expand_attention(graph, node, sinks.get(node))
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
     proto = ir.serde.serialize_model(model)

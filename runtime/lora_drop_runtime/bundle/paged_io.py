@@ -31,7 +31,8 @@ DOMAIN = "lora_drop"
 #   Lookup          ids, table [, scales][, zero_points]; quantized
 #   RMSNorm         x, weight; epsilon
 #   Rotary          x [1, T, H, D], cos, sin [1, T, R / 2]; interleaved; rotary_dim R
-#   PagedAttention  query, key, value [T, H·D], key_cache, value_cache, a group's tables; scale, window, heads
+#   PagedAttention  query, key, value [T, H·D], key_cache, value_cache, a group's tables [, sinks [H]]; scale,
+#                   window, heads
 #   Capped          query, key, value, the blocks of a call [n, H, 32, D] ×2, past_lens, begins, block_begins, the
 #                   output of PagedAttention, which writes the caches; softcap, scale, window, heads
 BLOCK = 32  # slots of a block; the operator's own

@@ -74,15 +74,18 @@ def _attend(call: AttentionCall) -> Any:
     group = query.shape[1] // key.shape[1]
     if group > 1:
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    if causal and not softcap:
+    fused = not softcap and call.sinks is None
+    if causal and fused:
         mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=call.scale)
         return mixed.transpose(1, 2).contiguous()
     mask = _mask(state)
-    if not softcap:
+    if fused:
         mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=call.scale)
         return mixed.transpose(1, 2).contiguous()
-    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * call.scale / softcap)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    scores = query @ key.transpose(2, 3) * call.scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = call.weights(scores.masked_fill(~mask, -torch.inf))
     return (weights @ value).transpose(1, 2).contiguous()
 
 

@@ -16,13 +16,15 @@ import numpy.typing as npt
 import openvino as ov
 from openvino import opset13 as op
 
-from lora_drop_runtime.bundle.paged_io import DOMAIN
+from lora_drop_runtime.bundle.paged_io import DOMAIN, TABLES
 from lora_drop_runtime.dtypes import BY_NAME
 
 from .capped import capped_attention, ints
 
 _NEARLY_NOTHING, _NEARLY_ALL = 1e-37, 3e38
+_PLAIN_GATE = (("alpha", 1.0), ("added", 0.0), ("limit", 0.0))  # that an Experts node of SiLU may leave out
 _LARGEST_GROUP, _LEAST_GROUP = 128, 16  # of activations with one scale
+_SINKS_RANK = 4  # of the sinks among what comes behind that; nothing else there has more than one dimension
 _LONGEST = 12  # the place of the longest row's length among paged attention's inputs
 Node = Any  # what OpenVINO hands a conversion
 Output = Any
@@ -189,14 +191,18 @@ def _tail() -> tuple[npt.NDArray[Any], ...]:
 def _paged_attention(node: Node) -> list[Output]:
     from openvino.op import _PagedAttentionExtension
 
-    query, key, value, key_cache, value_cache, *tables = (node.get_input(n) for n in range(10))
+    query, key, value, key_cache, value_cache, *tables = (node.get_input(n) for n in range(node.get_input_size()))
     kv_heads, head_dim = (key_cache.get_partial_shape()[n].get_length() for n in (1, 3))
     scale = op.constant(np.float32(node.get_attribute("scale")))
     window = op.constant(np.int32(node.get_attribute("window")))
     slopes = op.constant(np.zeros(0, np.float32))
     inputs = [query, key, value, key_cache, value_cache, *tables[:4], scale, window, slopes, tables[4]]
     assert len(inputs) == _LONGEST + 1
-    inputs += [op.constant(array) for array in _tail()]
+    tail = [op.constant(array) for array in _tail()]
+    if len(tables) > len(TABLES):
+        (place,) = (n for n, array in enumerate(_tail()) if array.ndim == _SINKS_RANK)
+        tail[place] = op.reshape(_widened(tables[-1]), ints([1, -1, 1, 1]), False)
+    inputs += tail
     made = _PagedAttentionExtension([_as_output(value) for value in inputs])
     facts = made.get_rt_info()
     facts["num_k_heads"] = facts["num_v_heads"] = kv_heads
@@ -223,20 +229,28 @@ def _experts(node: Node) -> list[Output]:
     """All experts over all tokens, in the form of which OpenVINO makes GatherMatmul, which reads the matrices of the
     chosen ones alone (2026.4, convert_tiled_moe_block_to_gather_matmuls.cpp).
 
-    The form is that of a model whose experts have biases and limits: ours are next to nothing and next to infinite,
-    since what is nothing would be left out and the form not be found. `x` has to be a Reshape's.
+    The form is that of a model whose experts have biases and limits. Without them ours are next to nothing and next to
+    infinite, since what is nothing would be left out and the form not be found. `x` has to be a Reshape's.
     """
     x, index, weights, *matrices = (node.get_input(n) for n in range(node.get_input_size()))
     count, width = node.get_attribute("experts"), x.get_partial_shape()[1].get_length()
     gate_up, rest = _of_each(matrices, node.get_attribute("quantized"), count)
-    down, _ = _of_each(rest, node.get_attribute("quantized_down"), count)
+    down, biases = _of_each(rest, node.get_attribute("quantized_down"), count)
     height = gate_up.get_partial_shape()[1].get_length()
+    alpha, added, limit = (node.get_attribute(name, default) for name, default in _PLAIN_GATE)
+    wide = limit or _NEARLY_ALL
+
+    def with_bias(product: Any, place: int, size: int) -> Any:
+        if not biases:
+            return op.add(product, _nearly_nothing(count, 1, size))
+        return op.add(product, op.reshape(_widened(biases[place]), ints([count, 1, size]), False))
+
     each = op.reshape(op.tile(x, ints([count, 1])), ints([count, -1, width]), False)
-    both = op.add(op.matmul(each, gate_up, False, True), _nearly_nothing(count, 1, height))
+    both = with_bias(op.matmul(each, gate_up, False, True), 0, height)
     gate, up = (op.slice(both, ints([turn]), ints([height]), ints([2]), ints([2])) for turn in (0, 1))
-    gated = op.swish(op.minimum(gate, op.constant(np.float32(_NEARLY_ALL))), op.constant(np.float32(1)))
-    inner = op.multiply(op.add(op.clamp(up, -_NEARLY_ALL, _NEARLY_ALL), _nearly_nothing()), gated)
-    made = op.add(op.matmul(inner, down, False, True), _nearly_nothing(count, 1, width))
+    gated = op.swish(op.minimum(gate, op.constant(np.float32(wide))), op.constant(np.float32(alpha)))
+    inner = op.multiply(op.add(op.clamp(up, -wide, wide), op.constant(np.float32(added or _NEARLY_NOTHING))), gated)
+    made = with_bias(op.matmul(inner, down, False, True), 1, width)
     products = op.reshape(made, ints([count, 1, -1, width]), False)
     tokens = op.gather(op.shape_of(x), ints([0]), op.constant(np.int64(0)))
     nothing = op.broadcast(op.constant(np.float32(0)), op.concat([tokens, ints([count])], 0))

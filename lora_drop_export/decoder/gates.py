@@ -1,0 +1,65 @@
+"""How an expert's module joins gate and up, found by asking it: families write the same formula in many ways."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+_WIDTH = 2  # so that columns in turns are not halves
+_found: WeakKeyDictionary[Any, Gate | None] = WeakKeyDictionary()  # by module: while one is traced nothing can be tried
+
+
+@dataclass(frozen=True)
+class Gate:
+    """`g · σ(alpha · g) · (u + added)`; before, with a limit, g is at most that, and u between it and less it.
+
+    Attributes:
+        limit: 0 for none.
+    """
+
+    alpha: float = 1.0
+    added: float = 0.0
+    limit: float = 0.0
+
+    def __call__(self, gate: Any, up: Any) -> Any:
+        """Of PyTorch tensors of one shape."""
+        if self.limit:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return gate * (self.alpha * gate).sigmoid() * (up + self.added)
+
+
+def _numbers(experts: Any, *names: str) -> list[float]:
+    found = (getattr(experts, name, None) for name in names)
+    return [float(number) for number in found if isinstance(number, int | float)]
+
+
+def _tried(experts: Any) -> Gate | None:
+    import torch
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    limits = [*_numbers(experts, "limit", "swiglu_limit"), 0.0]
+    with unset_fake_temporarily(), torch.device("cpu"):
+        far = 1.5 * max(*limits, 8.0)
+        values = torch.linspace(-far, far, 16, dtype=torch.float32)
+        gate, up = torch.cartesian_prod(values, values).T.reshape(2, -1, _WIDTH)
+        both = torch.stack([gate, up], dim=-1 if not getattr(experts, "is_concatenated", True) else 1)
+        try:
+            found = experts._apply_gate(both.flatten(1))
+        except Exception:  # of whatever shape and kind the family's own code is
+            return None
+        alphas = [*_numbers(experts, "alpha", "swiglu_alpha"), 1.0]
+        for numbers in itertools.product(alphas, (0.0, 1.0), limits):
+            one = Gate(*numbers)
+            wanted = one(gate, up)
+            if found.shape == wanted.shape and torch.allclose(found.float(), wanted, rtol=1e-5, atol=1e-5):
+                return one
+    return None
+
+
+def gate_of(experts: Any) -> Gate | None:
+    """The gate of a module of experts; None for one of another formula."""
+    if experts not in _found:
+        _found[experts] = _tried(experts)
+    return _found[experts]
