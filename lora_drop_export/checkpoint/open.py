@@ -31,6 +31,8 @@ from .checkpoint import Checkpoint, TensorSource
 from .foreign import CHECKPOINT_HINT, read_json, refused, said
 from .gguf import gguf_reader, parsed_once, read_gguf
 from .gguf_config import complete_config
+from .mxfp4 import METHOD as MXFP4
+from .mxfp4 import mxfp4_tensors
 from .packed import packed_tensors
 from .packed_config import in_float8, rounded_activations
 from .renamed import joined_experts, renamed_tensors
@@ -383,8 +385,12 @@ def open_checkpoint(
         config, tensors = text_config(config), text_tensors(tensors)
         _check_layer_count(config, len(tensors))
     if quantization is not None:
-        tensors = packed_tensors(quantization, tensors)
         vars(config).pop("quantization_config", None)  # what is read is the model without it
+    if quantization is not None and isinstance(quantization, dict) and quantization.get("quant_method") == MXFP4:
+        tensors = mxfp4_tensors(config.model_type, tensors)
+        log("the checkpoint's experts are in MXFP4, whose values int8 in blocks of 32 holds as they are")
+    elif quantization is not None:
+        tensors = packed_tensors(quantization, tensors)
         held = "fp8 weights" if in_float8(quantization) else "integers"
         log(f"the checkpoint's {held} are taken as they are ({quantization['quant_method']})")
         if rounded_activations(quantization):

@@ -20,7 +20,8 @@ def refusal(what: str) -> ModelError:
     return ModelError(
         "The checkpoint is quantized in a form that is not read.",
         note=f"It has {what}. Read are gptq, awq (gemm) and compressed-tensors (pack-quantized) of 4 or 8 bits, "
-        "with inputs in their order, and compressed-tensors of fp8 (float-quantized), a scale per channel or tensor.",
+        "with inputs in their order, compressed-tensors of fp8 (float-quantized), a scale per channel or tensor, and "
+        "mxfp4 of GPT-OSS.",
         hint="Take the model's float checkpoint, a GGUF file, or one that is quantized otherwise.",
     )
 

@@ -29,6 +29,7 @@ from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.experts import DOWN, GATE_UP, ROWS, KeptExpertRows
 from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.checkpoint.gguf import GgufTensor
+from lora_drop_export.checkpoint.mxfp4 import Mxfp4Rows
 from lora_drop_export.checkpoint.packed import Kept
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.context import context_in_words, context_length
@@ -48,8 +49,8 @@ def kept_weights(refs: Mapping[str, TensorSource]) -> dict[str, Kept]:
 
 
 def native_formats(refs: Mapping[str, TensorSource]) -> dict[str, BlockFormat]:
-    """The block formats that weights of a GGUF file have there."""
-    kinds = GgufTensor | KeptExpertRows
+    """The block formats that weights of a GGUF file, or experts in MXFP4, have or can be had in as they are."""
+    kinds = GgufTensor | KeptExpertRows | Mxfp4Rows
     kept = kept_weights(refs)
     return {
         name: ref.native for name, ref in refs.items() if isinstance(ref, kinds) and ref.native and name not in kept

@@ -168,6 +168,7 @@ def departures(
         form = formats.get(name)
         if (
             len(shape) > 1
+            and not name.endswith("bias")  # of all experts
             and form != quantization.whole_format(shape[-1])
             and (form is None or form != native.get(name))
         ):

@@ -74,13 +74,13 @@ def unpack(data: npt.NDArray[np.uint8], bits: int) -> Integers:
     """The values of packed bytes [..., n], [..., n · 8 / bits]."""
     if bits == 8:
         return data
-    return np.stack([data & 15, data >> 4], axis=-1).reshape(*data.shape[:-1], -1)
+    return np.stack([data & 15, data >> 4], axis=-1).reshape(*data.shape[:-1], 2 * data.shape[-1])
 
 
 def dequantize(q: Integers, scales: Floats, zero_points: Integers) -> Floats:
     """float32 [n, K] of integers q [n, K], scales and zero points [n, K / block]."""
     n, k = q.shape
-    blocks = q.reshape(n, scales.shape[1], -1).astype(np.float32)
+    blocks = q.reshape(n, scales.shape[1], k // scales.shape[1]).astype(np.float32)
     blocks -= zero_points[..., None].astype(np.float32)
     blocks *= scales[..., None]
     return blocks.reshape(n, k)
