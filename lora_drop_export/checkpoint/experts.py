@@ -266,6 +266,39 @@ class ExpertStack:
         return self.rows(0, self.experts)
 
 
+@dataclass(frozen=True, eq=False)
+class BiasesInTurns:
+    """The biases of gate and up [E, I] as one [E, 2I], in turns."""
+
+    name: str
+    parts: tuple[TensorSource, TensorSource]
+
+    @property
+    def file(self) -> Path:
+        return self.parts[0].file
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        experts, *width = self.parts[0].shape
+        return experts, 2 * math.prod(width)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(part.size_bytes for part in self.parts)
+
+    def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
+        """Of experts `begin` to `end`."""
+        gate, up = (part.rows(begin, end) for part in self.parts)
+        return np.stack([gate, up], axis=-1).reshape(len(gate), self.shape[1])
+
+    def read(self) -> npt.NDArray[Any]:
+        return self.rows(0, self.shape[0])
+
+
 def _rows_of(name: str, parts: tuple[tuple[TensorSource, ...], ...]) -> ExpertRows:
     """The bundle's form of matrices that lie apart, with their integers where all have some in blocks of one size."""
     forms = {getattr(part, "native", None) for expert in parts for part in expert}

@@ -12,7 +12,7 @@ import functools
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,15 @@ from lora_drop_runtime.errors import ModelError
 
 from lora_drop_export.quantize.formats import Blocked, BlockFormat, unpack
 
+from .checkpoint import TensorSource
+from .experts import GATE_UP, BiasesInTurns
 from .foreign import refused
 
 # Formats that are ours too: a float16 scale and signed integers. name → (bits, bytes of a block, values of a block)
 _NATIVE = {"Q4_0": (4, 18, 32), "Q8_0": (8, 34, 32)}
 _PROBE_COLUMNS = 8
-_EXPERTS = re.compile(r"\.ffn_(gate|up|down)_exps\.weight$")
+_EXPERTS = re.compile(r"\.ffn_(gate|up|down)_exps\.(weight|bias)$")
+_MISREAD = "gpt-oss.rope.scaling."  # begins keys of which transformers takes a wrong part, and then fails (5.24)
 _UNFITTING = "A tensor of the GGUF file does not fit the model that its config describes."
 _CONVERT_AGAIN = "Convert the model again, or take its safetensors checkpoint."
 
@@ -231,6 +234,7 @@ def gguf_reader(path: Path) -> Any:
             note=f"{path} is one of {count.contents()} files.",
             hint="Make one of them with llama.cpp's llama-gguf-split --merge.",
         )
+    reader.misread = {key: reader.fields.pop(key) for key in list(reader.fields) if key.startswith(_MISREAD)}
     return reader
 
 
@@ -257,7 +261,16 @@ def _of_experts(stored: Any, pattern: str, path: Path) -> dict[str, GgufTensor]:
     return found
 
 
-def read_gguf(path: Path, reader: Any, model: Any, log: Callable[[str], None]) -> dict[str, GgufTensor]:
+def _mixture(stored_name: str, experts: re.Match[str] | None, names: Mapping[str, str]) -> str | None:
+    """What the model calls the experts that a stored tensor belongs to."""
+    if experts is None:
+        return None
+    begin = stored_name[: experts.start()]
+    known = (names.get(f"{begin}.ffn_{part}_exps{end}") for part in (experts[1], "down") for end in (".weight", ""))
+    return next((name.rpartition(".")[0] for name in known if name), None)
+
+
+def read_gguf(path: Path, reader: Any, model: Any, log: Callable[[str], None]) -> dict[str, TensorSource]:
     """The file's tensors under the names of the model's parameters.
 
     Args:
@@ -283,7 +296,7 @@ def read_gguf(path: Path, reader: Any, model: Any, log: Callable[[str], None]) -
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
     conversion = _Conversion(processor, get_gguf_hf_weights_map(model, processor))
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    tensors: dict[str, GgufTensor] = {}
+    tensors: dict[str, TensorSource] = {}
     kinds, left = set(), list[str]()
     for stored in reader.tensors:
         if stored.name.endswith(".scale"):  # of a whole matrix in NVFP4
@@ -292,11 +305,18 @@ def read_gguf(path: Path, reader: Any, model: Any, log: Callable[[str], None]) -
                 note=f"It has {stored.name!s:.120}.",
                 hint="Take a GGUF file in another format, or the model's float checkpoint.",
             )
-        name = conversion.names.get(stored.name)
-        experts, whole = _EXPERTS.search(stored.name), name or conversion.names.get(stored.name.removesuffix(".weight"))
-        if experts and whole and len(stored.data.shape) == 3:
-            tensors |= _of_experts(stored, f"{whole.rpartition('.')[0]}.{{}}.{experts[1]}_proj.weight", path)
+        name, experts = conversion.names.get(stored.name), _EXPERTS.search(stored.name)
+        mixture = _mixture(stored.name, experts, conversion.names)
+        if experts and mixture and len(stored.data.shape) == 3:
+            tensors |= _of_experts(stored, f"{mixture}.{{}}.{experts[1]}_proj.weight", path)
             continue
+        how: Callable[[npt.NDArray[Any], str], dict[str, npt.NDArray[Any]]] = conversion
+        if name is None:  # parameters, and not weights of modules
+            name = conversion.names.get(stored.name.removesuffix(".weight"))
+            if experts and mixture and experts[2] == "bias":
+                name = f"{mixture}.{experts[1]}_proj_bias"
+                shapes.setdefault(name, tuple(map(int, stored.shape[::-1])))  # gate and up are one in the model
+            how = _as_it_is(str(name))
         if name is None or name not in shapes:
             left += [stored.name] if stored.name.startswith("blk.") else []
             continue
@@ -310,12 +330,17 @@ def read_gguf(path: Path, reader: Any, model: Any, log: Callable[[str], None]) -
             stored_shape=tuple(stored.data.shape),
             stored_dtype=stored.data.dtype,
             stored_name=stored.name,
-            conversion=conversion,
+            conversion=how,
         )
         if stored.tensor_type not in kinds:
             tensor._dequantized(np.asarray(stored.data[:1]))  # refuses a format that it does not know
             kinds.add(stored.tensor_type)
         tensors[name] = tensor
+    for gate in [name for name in tensors if name.endswith(".gate_proj_bias")]:
+        mixture = gate.removesuffix(".gate_proj_bias")
+        both, up = f"{mixture}.{GATE_UP}_bias", tensors.pop(f"{mixture}.up_proj_bias", None)
+        if up is not None:
+            tensors[both] = BiasesInTurns(both, (tensors.pop(gate), up))
     if left:
         more = f" and {len(left) - 1} more" if left[1:] else ""
         log(f"warning: transformers' model has no place for {left[0]}{more} of the file: they are left out")

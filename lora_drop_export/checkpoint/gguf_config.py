@@ -22,7 +22,7 @@ class _Fields:
     """A file's metadata, without the architecture's name in front of the keys."""
 
     def __init__(self, reader: Any) -> None:
-        self._fields = reader.fields
+        self._fields = reader.fields | getattr(reader, "misread", {})
         self._prefix = self._fields["general.architecture"].contents()
 
     def get(self, key: str) -> Any:
@@ -131,6 +131,8 @@ def _rotated_share(config: Any, fields: _Fields, rope: dict[str, Any]) -> dict[s
 
 def _complete_rope(config: Any, fields: _Fields, tensors: dict[str, Any]) -> None:
     rope = dict(config.rope_parameters)
+    if config.model_type == "gpt_oss":  # whose config has a scaling where none is said
+        rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     base = fields.number("rope.freq_base", 0)  # which transformers reads for most architectures
     if base is not None and "rope_theta" in rope:
         rope["rope_theta"] = base
@@ -138,6 +140,8 @@ def _complete_rope(config: Any, fields: _Fields, tensors: dict[str, Any]) -> Non
         rope = _longrope(fields, tensors, rope)
     else:
         rope = _scaled(fields, rope)
+    if config.model_type == "gpt_oss" and rope["rope_type"] == "yarn":
+        rope["truncate"] = False  # which no file says
     if "rope_freqs.weight" in tensors:
         rope = _divided(config, rope, np.asarray(tensors["rope_freqs.weight"].data, np.float64))
     config.rope_parameters = rope | _rotated_share(config, fields, rope)

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_drop_runtime.errors import ModelError
 
+from .experts import TURNED
 from .foreign import CHECKPOINT_HINT
 
 
@@ -19,6 +20,8 @@ def _conversions(config: Any) -> list[Any]:
 
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     kinds = (*([model_class] if isinstance(model_class, str) else []), config.model_type, "legacy")
+    if config.model_type in TURNED:  # of GGUF files: they have the experts apart as others do
+        kinds = (*kinds, "qwen2_moe")
     return [step for kind in kinds for step in get_checkpoint_conversion_mapping(kind) or ()]
 
 

@@ -29,7 +29,7 @@ FLOAT32 = gguf.GGMLQuantizationType.F32
 Tensors = list[tuple[str, tuple[int, ...], gguf.GGMLQuantizationType]]
 
 
-def write(path: Path, arch: str, fields: dict[str, int], tensors: Tensors, seed: int) -> dict[str, np.ndarray]:
+def write(path: Path, arch: str, fields: dict[str, Any], tensors: Tensors, seed: int) -> dict[str, np.ndarray]:
     """A file of these fields, beside those of a small model, and of random tensors; returns these as they are there.
 
     RoPE's factors are 1.
@@ -43,8 +43,9 @@ def write(path: Path, arch: str, fields: dict[str, int], tensors: Tensors, seed:
         "attention.head_count_kv": KV_HEADS,
         "vocab_size": VOCABULARY,
     }
+    adding = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in (usual | fields).items():
-        writer.add_uint32(f"{arch}.{key}", value)
+        adding[type(value)](f"{arch}.{key}", value)
     writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_name("tiny")
     for name, shape, kind in tensors:
@@ -252,3 +253,57 @@ def test_experts_are_read_as_transformers_reads_them(arch, tmp_path):
         model = AutoModelForCausalLM.from_config(checkpoint.config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert resolve_tensors(checkpoint, shapes, {}).keys() == shapes.keys()
+
+
+def test_gpt_oss(tmp_path):
+    """Sinks, biases of experts, gate and up apart, and a RoPE that transformers cannot read."""
+    from transformers import AutoModelForCausalLM
+
+    kinds, path, experts, inner, head = gguf.GGMLQuantizationType, tmp_path / "tiny.gguf", 3, 64, WIDTH // HEADS
+    fields: dict[str, Any] = {"block_count": 2, "attention.key_length": head, "feed_forward_length": inner}
+    fields |= {"expert_count": experts, "expert_used_count": 2, "expert_feed_forward_length": inner}
+    fields |= {"attention.sliding_window": 5, "rope.freq_base": 1000.0, "rope.scaling.type": "yarn"}
+    fields |= {"rope.scaling.factor": 16.0, "rope.scaling.original_context_length": 32}
+    sizes: dict[str, tuple[int, ...]] = {"attn_norm.weight": (WIDTH,), "post_attention_norm.weight": (WIDTH,)}
+    for part, width in (("q", WIDTH), ("k", WIDTH // 2), ("v", WIDTH // 2), ("output", WIDTH)):
+        sizes |= {f"attn_{part}.weight": (width, WIDTH), f"attn_{part}.bias": (width,)}
+    sizes |= {"attn_sinks.weight": (HEADS,), "ffn_gate_inp.weight": (experts, WIDTH), "ffn_gate_inp.bias": (experts,)}
+    packed = {"ffn_down_exps": (experts, WIDTH, inner)}
+    packed |= {f"ffn_{part}_exps": (experts, inner, WIDTH) for part in ("gate", "up")}
+    tensors = [(f"{name}.weight", (VOCABULARY, WIDTH), kinds.F32) for name in ("token_embd", "output")]
+    tensors.append(("output_norm.weight", (WIDTH,), kinds.F32))
+    for block in range(2):
+        tensors += [(f"blk.{block}.{name}", shape, kinds.F32) for name, shape in sizes.items()]
+        tensors += [(f"blk.{block}.{name}.weight", shape, kinds.MXFP4) for name, shape in packed.items()]
+        tensors += [(f"blk.{block}.{name}.bias", shape[:2], kinds.F32) for name, shape in packed.items()]
+    written = write(path, "gpt-oss", fields, tensors, seed=8)
+
+    said: list[str] = []
+    checkpoint = open_checkpoint(str(path), tmp_path / "scratch", log=said.append)
+    assert not any("left out" in line for line in said)
+    config = checkpoint.config
+    assert config.rope_parameters == {
+        "rope_type": "yarn",
+        "rope_theta": 1000.0,
+        "factor": 16.0,
+        "original_max_position_embeddings": 32,
+        "truncate": False,
+    }
+    assert (config.sliding_window, config.head_dim, config.num_local_experts) == (5, head, experts)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = {name: source.read() for name, source in resolve_tensors(checkpoint, shapes, {}).items()}
+    prefix, block = "model.layers.1", "blk.1"
+    assert np.array_equal(found[f"{prefix}.self_attn.sinks"], written[f"{block}.attn_sinks.weight"])
+    assert np.array_equal(found[f"{prefix}.mlp.router.bias"], written[f"{block}.ffn_gate_inp.bias"])
+    gate, up, down = (written[f"{block}.ffn_{part}_exps.weight"] for part in ("gate", "up", "down"))
+    both = found[f"{prefix}.mlp.experts.gate_up_proj"]
+    assert np.array_equal(both[..., ::2], gate.swapaxes(1, 2))
+    assert np.array_equal(both[..., 1::2], up.swapaxes(1, 2))
+    assert np.array_equal(found[f"{prefix}.mlp.experts.down_proj"], down.swapaxes(1, 2))
+    gate, up, down = (written[f"{block}.ffn_{part}_exps.bias"] for part in ("gate", "up", "down"))
+    both = found[f"{prefix}.mlp.experts.gate_up_proj_bias"]
+    assert np.array_equal(both[:, ::2], gate)
+    assert np.array_equal(both[:, 1::2], up)
+    assert np.array_equal(found[f"{prefix}.mlp.experts.down_proj_bias"], down)

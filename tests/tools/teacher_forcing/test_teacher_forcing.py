@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from tests.support import oracle
 from tests.support.covering import covering_array
-from tests.support.models import FAMILIES, GEMMA2_WINDOW, build, gemma4, gptj, qwen2_moe, stablelm_parallel
+from tests.support.models import FAMILIES, GEMMA2_WINDOW, MORE_FAMILIES, build, gemma4, gptj, stablelm_parallel
 
 TOLERANCE = 3e-5  # of the row's largest |logit|: float32 sums in another order
 PROMPT, TOKENS = 5, 17
@@ -43,8 +43,8 @@ def random_adapters(plan: DropPlan, width: int, rank: int = 3) -> dict[str, tupl
 @functools.cache
 def made(name: str) -> tuple[PreTrainedModel, TeacherForcing]:
     """The oracle's model, which it does not change, and what is tested, on a copy."""
-    others = {"gemma4": lambda: gemma4(hidden_size_per_layer_input=0, num_kv_shared_layers=0), "qwen2_moe": qwen2_moe}
-    model = (others | FAMILIES)[name]()
+    others = {"gemma4": lambda: gemma4(hidden_size_per_layer_input=0, num_kv_shared_layers=0)}
+    model = (FAMILIES | MORE_FAMILIES | others)[name]()
     return model, TeacherForcing(copy.deepcopy(model))
 
 
@@ -110,6 +110,14 @@ def test_layers_of_different_heads(policy: str, sites: tuple[str, ...]) -> None:
 def test_experts(policy: str, sites: tuple[str, ...]) -> None:
     plan = DropPlan(2, sites, rank=3, policy=policy, always_last=0, always_first=0)
     assert_as_the_oracle("qwen2_moe", plan, policy, 3)
+
+
+@pytest.mark.parametrize(
+    ("policy", "sites"), [("skip", ("0.mlp", "1.attn")), ("backfill", ("0",)), ("fill", ("0", "1"))]
+)
+def test_attention_sinks(policy: str, sites: tuple[str, ...]) -> None:
+    plan = DropPlan(2, sites, windowed_layers=(0,), rank=3, policy=policy, always_last=0, always_first=0)
+    assert_as_the_oracle("gpt_oss", plan, policy, 3)
 
 
 def test_layers_that_need_more_than_the_stream_are_refused() -> None:
