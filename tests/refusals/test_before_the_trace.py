@@ -87,7 +87,7 @@ def test_an_old_onnx_runtime_is_good_for_a_gpu(passes, monkeypatch, arguments):
         ("--max-prompt-len 256", ("--max-prompt-len is too large", "256")),
         ("--weights link --target none --dtype bf16", ("cannot be linked", "float32", "bf16")),
         ("--weights link --dtype int4", ("cannot be linked", "in float", "int4")),
-        ("--target tensorrt", ("library of the target is not installed", "tensorrt")),
+        ("--target tensorrt", ("library of the target is not installed", "'lora-drop-export[tensorrt]'")),
         ("--dtype int8 --target tensorrt-rtx", ("cannot take int8 weights", "tensorrt-rtx")),
         ("--kv-dtype int8 --dtype bf16 --target openvino", ("int8 caches work only with", "openvino cannot")),
     ],

@@ -26,7 +26,7 @@ def library(target: str) -> Any:
         raise BundleError(
             "The library of the target is not installed.",
             note=f"Target {target!r} needs the Python module {name}: {first_line(error)}.",
-            hint=f"pip install {target} cuda-bindings"
+            hint=f"pip install 'lora-drop-export[{target}]'"
             + (", on a machine with an NVIDIA GPU; tensorrt-rtx builds without one." if target == "tensorrt" else "."),
         ) from None
 
