@@ -119,7 +119,7 @@ def _predictions(manifest: Manifest) -> list[str]:
     ]
     for prompt in sorted({min(128, half), half}):
         kept, dropped = costs.kv_entries(prompt, prompt, k, policy)
-        refresh, lora = costs.step_bytes(manifest, kept, dropped)
+        refresh, lora = costs.step_bytes(manifest, kept, dropped, tokens=policy.refresh_tokens(k))
         lora_step = "–" if looks_up else f"{lora / MIB:.1f} MiB"
         by_macs = "–" if looks_up else f"{costs.macs_speedup(manifest, kept, k):.2f}×"
         base, ours = costs.kv_base_bytes(manifest, kept), sum(costs.kv_bytes(manifest, prompt, prompt, k, policy))

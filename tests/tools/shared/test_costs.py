@@ -144,6 +144,28 @@ def test_experts_that_no_token_is_sent_to_are_not_read(rows: int, share: float) 
     assert costs.full_layer_macs(mixture, 0) == pytest.approx(costs.full_layer_macs(manifest, 0) * (0.5 + 0.5 * 0.25))
 
 
+def test_a_refresh_of_several_tokens_reads_their_experts() -> None:
+    """Under backfill k + 1 tokens are sent to experts at once, and of k LoRA steps each one token."""
+    manifest = llama3_8b()
+    facts = vars(manifest.model)
+    of_experts = tuple(size // 2 for size in facts["layer_bytes"])
+    model = ModelFacts(**{**facts, "expert_bytes": of_experts, "expert_share": 0.25})
+    mixture = Manifest(model, manifest.plan, manifest.limits, manifest.special_tokens)
+    kinds = costs.periodic_kinds(8, 3)
+    by_one, by_four = (
+        costs.bytes_of_steps(mixture, 100, kinds, policy=POLICIES[name]) for name in ("fill", "backfill")
+    )
+    more = 32 * of_experts[0] * (0.75 - 0.75**4)
+    entries = [after - before for before, after in zip(by_one, by_four, strict=True)]
+    assert entries[3] == pytest.approx(more, rel=1e-3)
+    assert entries[7] == pytest.approx(more, rel=1e-3)
+    dense = [costs.bytes_of_steps(manifest, 100, kinds, policy=POLICIES[name])[3] for name in ("fill", "backfill")]
+    assert dense[0] == pytest.approx(dense[1], rel=1e-3)
+    ceiling = costs.speedup_ceiling(mixture, 100, 8, 3, POLICIES["backfill"])
+    full, lora = costs.step_bytes(mixture, 108, 108)
+    assert ceiling == pytest.approx(4 * full / (3 * lora + full + more), rel=1e-3)
+
+
 @pytest.mark.parametrize("k", WINDOWS)
 @pytest.mark.parametrize("rank", [0, 16])
 @pytest.mark.parametrize(("prompt", "steps"), [(1, 0), (128, 128), (4000, 4000)])

@@ -189,22 +189,26 @@ def kv_saving(manifest: Manifest, k: int, policy: Policy = _SKIP) -> float:
     return dropped * (1 - policy.refresh_tokens(k) / (k + 1)) * policy.leaves_holes
 
 
-def step_bytes(manifest: Manifest, context: int, dropped_context: int, rows: int = 1) -> tuple[int, int]:
+def step_bytes(
+    manifest: Manifest, context: int, dropped_context: int, rows: int = 1, tokens: int = 1
+) -> tuple[int, int]:
     """Bytes that a refresh and a LoRA step move for a batch: weights read once, valid K/V read, K/V written.
 
-    A refresh is taken for one of a token in each row; of experts, one of several (backfill) may read more.
-
-    The contexts are the entries of a kept and of a dropped attention before the step, the same in all rows.
+    Args:
+        context, dropped_context: entries of a kept and of a dropped attention before the step, the same in all rows.
+        tokens: that a refresh runs of each row, which decide how many experts it reads.
     """
     model, plan = manifest.model, manifest.plan
     outside = model.head_bytes + rows * model.embedding_row_bytes
-    weights = sum(model.read_bytes(i, rows) for i in range(model.num_layers))
+    refreshed, weights = (
+        sum(model.read_bytes(i, rows * count) for i in range(model.num_layers)) for count in (tokens, 1)
+    )
     kept_kv = rows * (context + 1) * model.token_kv_bytes(plan.kept_attentions)
     dropped_kv = rows * (dropped_context + 1) * model.token_kv_bytes(plan.dropped_attentions)
     written = rows * model.token_kv_bytes(plan.dropped_attentions) * plan.refresh_policy.fills
     adapters = surrogate_macs(manifest) * BY_NAME[model.dtype].size_bytes
     lora = outside + weights - dropped_weight_bytes(manifest, rows) + kept_kv + written + adapters
-    return outside + weights + kept_kv + dropped_kv, lora
+    return outside + refreshed + kept_kv + dropped_kv, lora
 
 
 def entries_made(kinds: Sequence[StepKind], policy: Policy) -> list[int]:
@@ -232,12 +236,15 @@ def bytes_of_steps(
 ) -> list[int]:
     """Bytes that each decode step moves, at its own context, given the kinds of all of them.
 
-    Of the tokens that a refresh takes back only the entries that later steps read count, so that a ceiling stays one.
+    Of the tokens that a refresh takes back only the entries that later steps read count, so that a ceiling stays one;
+    and in a mixture the experts that they are sent to.
     """
-    moved, dropped = [], [0, *entries_made(kinds, policy)]
+    moved, dropped, lora_steps = [], [0, *entries_made(kinds, policy)], 0
     for done, kind in enumerate(kinds):
-        refresh, lora = step_bytes(manifest, prompt + done, prompt + dropped[done], rows)
+        tokens = policy.refresh_tokens(lora_steps)
+        refresh, lora = step_bytes(manifest, prompt + done, prompt + dropped[done], rows, tokens)
         moved.append(refresh if kind is StepKind.REFRESH else lora)
+        lora_steps = 0 if kind is StepKind.REFRESH else lora_steps + 1
     return moved
 
 
@@ -284,7 +291,7 @@ def verified_bytes(manifest: Manifest, prompt: int, cycles: Sequence[Cycle]) -> 
     for cycle in cycles:
         rows = sum(made > 0 for made in cycle.made)
         context = min(length for length, made in zip(lengths, cycle.made, strict=True) if made)
-        refresh, _ = step_bytes(manifest, context, context, rows)
+        refresh, _ = step_bytes(manifest, context, context, rows, max(cycle.lora_steps + 1, *cycle.made))
         lora = sum(step_bytes(manifest, context + step, context, rows)[1] for step in range(cycle.lora_steps))
         moved.append(refresh + lora)
         lengths = [length + made for length, made in zip(lengths, cycle.made, strict=True)]
@@ -298,5 +305,5 @@ def speedup_ceiling(manifest: Manifest, prompt: int, steps: int, k: int, policy:
     """
     kept, dropped = kv_entries(prompt, steps, k, policy)
     full, _ = step_bytes(manifest, kept, kept)
-    refresh, lora = step_bytes(manifest, kept, dropped)
+    refresh, lora = step_bytes(manifest, kept, dropped, tokens=policy.refresh_tokens(k))
     return (k + 1) * full / (refresh + k * lora * (not looks_up(manifest, policy)))
