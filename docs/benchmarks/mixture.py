@@ -1,24 +1,22 @@
-"""Writes a mixture of experts with random weights, built as OLMoE: 0.9 billion, of which a token reads a quarter.
+"""Writes a mixture of experts with random weights, of which a token is sent to 4 of 32 a layer.
 
-python docs/benchmarks/mixture.py TOKENIZER_DIR OUT
+python docs/benchmarks/mixture.py TOKENIZER_DIR OUT [--like gpt-oss]
+
+Built as OLMoE, 0.9 billion; or four layers of GPT-OSS-20B at their own width, 3.5 billion: 7 GB, in memory and on disk.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 
-def main() -> None:
-    import torch
-    from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
+def _config(like: str, **shared: Any) -> Any:
+    from transformers import GptOssConfig, OlmoeConfig
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("tokenizer", help="a model's directory, whose tokenizer is taken")
-    parser.add_argument("out")
-    given = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
-    config = OlmoeConfig(
-        vocab_size=len(tokenizer),
+    if like == "gpt-oss":
+        return GptOssConfig(num_hidden_layers=4, num_local_experts=32, **shared)
+    return OlmoeConfig(
         hidden_size=1024,
         intermediate_size=512,
         num_hidden_layers=16,
@@ -27,11 +25,23 @@ def main() -> None:
         num_experts=32,
         num_experts_per_tok=4,
         tie_word_embeddings=True,
-        eos_token_id=None,
-        pad_token_id=None,
+        **shared,
     )
+
+
+def main() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tokenizer", help="a model's directory, whose tokenizer is taken")
+    parser.add_argument("out")
+    parser.add_argument("--like", choices=("olmoe", "gpt-oss"), default="olmoe")
+    given = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
+    config = _config(given.like, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None, pad_token_id=None)
     torch.manual_seed(0)
-    OlmoeForCausalLM(config).to(torch.bfloat16).save_pretrained(given.out)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(given.out)
     tokenizer.save_pretrained(given.out)
 
 
