@@ -1,6 +1,6 @@
 """Mixtures of experts: their matrices in a checkpoint and in a bundle, their plain ONNX, the kernels of engines.
 
-Whole families are exported and decoded in test_more_families.py and in targets/openvino/test_against_oracle.py.
+Whole families are exported and decoded in test_more_families.py.
 """
 
 from __future__ import annotations
@@ -194,6 +194,24 @@ def test_openvino_reads_the_chosen_experts_alone(exported):
         kinds = [node.get_rt_info()["layerType"].astype(str) for node in nodes]
         assert kinds.count("GatherMatmul") == 2, (builder, dtype)
         assert "Tile" not in kinds
+
+
+def test_biases_of_nothing(tmp_path, monkeypatch):
+    """OpenVINO leaves out what adds zeros, and the form that it knows is another one then: all experts would run, and
+    their matrices lie in memory as floats."""
+    source = more_family("gpt_oss")
+    model = copy.deepcopy(source.model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("proj_bias"):
+                parameter.zero_()
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: source.traced)
+    options = ["--target", "openvino", "--dtype", "int4", "--drop-layers", "1", *WHOLE]
+    assert main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *options]) == 0
+    engine = OpenVinoEngine(Bundle.open(tmp_path / "out"), threads=1)
+    nodes = engine.compiled.model.get_runtime_model().get_ops()
+    assert [node.get_rt_info()["layerType"].astype(str) for node in nodes].count("GatherMatmul") == 2
 
 
 def test_a_token_reads_a_share_of_the_experts(exported):

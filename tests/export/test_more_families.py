@@ -21,7 +21,8 @@ PROMPT, STEPS, K = [7, 3, 11, 19, 2], 6, 2
 
 @pytest.mark.parametrize("name", MORE_FAMILIES)
 def test_more_families(name, tmp_path, capsys, monkeypatch):
-    """The command verifies the bundle; its logits equal the oracle's, and the tools' model those of transformers."""
+    """The command verifies the bundle on both engines of a CPU; their logits equal the oracle's, and the logits of the
+    tools' model those of transformers."""
     source = more_family(name)  # its trace is made from such a checkpoint, once for all files of tests
     model = source.model
     model.save_pretrained(tmp_path / "model")
@@ -39,17 +40,24 @@ def test_more_families(name, tmp_path, capsys, monkeypatch):
         "32",
         "--threads",
         "1",
+        "--target",
+        "ort",
+        "--target",
+        "openvino",
     ]
     assert main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *options]) == 0
-    assert "against eager PyTorch" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "ort against eager PyTorch" in printed
+    assert "openvino against eager PyTorch" in printed
 
     tokens = np.random.default_rng(1).integers(0, 131, STEPS).tolist()
-    with Session.open(tmp_path / "out", threads=1) as session:
-        ours = [session.prefill([PROMPT], max_new_tokens=STEPS + 1)[0].copy()]
-        ours += [session.step([token])[0].copy() for token in tokens]
     theirs = oracle.decode_row(model, OraclePlan(("1",)), PROMPT, tokens, K, "skip")
-    for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        assert np.abs(a - b.numpy()).max() < TOLERANCE * np.abs(b.numpy()).max(), f"step {step}"
+    for target in ("ort", "openvino"):
+        with Session.open(tmp_path / "out", target=target, threads=1) as session:
+            ours = [session.prefill([PROMPT], max_new_tokens=STEPS + 1)[0].copy()]
+            ours += [session.step([token])[0].copy() for token in tokens]
+        for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert np.abs(a - b.numpy()).max() < TOLERANCE * np.abs(b.numpy()).max(), f"{target}, step {step}"
 
     ids = torch.tensor([PROMPT])
     with torch.no_grad():

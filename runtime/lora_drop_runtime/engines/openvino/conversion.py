@@ -230,7 +230,8 @@ def _experts(node: Node) -> list[Output]:
     chosen ones alone (2026.4, convert_tiled_moe_block_to_gather_matmuls.cpp).
 
     The form is that of a model whose experts have biases and limits. Without them ours are next to nothing and next to
-    infinite, since what is nothing would be left out and the form not be found. `x` has to be a Reshape's.
+    infinite, since what is nothing would be left out and the form not be found; so of a model that has zeros there.
+    `x` has to be a Reshape's.
     """
     x, index, weights, *matrices = (node.get_input(n) for n in range(node.get_input_size()))
     count, width = node.get_attribute("experts"), x.get_partial_shape()[1].get_length()
@@ -241,9 +242,10 @@ def _experts(node: Node) -> list[Output]:
     wide = limit or _NEARLY_ALL
 
     def with_bias(product: Any, place: int, size: int) -> Any:
-        if not biases:
-            return op.add(product, _nearly_nothing(count, 1, size))
-        return op.add(product, op.reshape(_widened(biases[place]), ints([count, 1, size]), False))
+        found = np.zeros((count, 1, size), np.float32)
+        if biases:
+            found = biases[place].get_node().get_data(dtype=np.float32).reshape(found.shape)
+        return op.add(product, op.constant(np.where(found == 0, np.float32(_NEARLY_NOTHING), found)))
 
     each = op.reshape(op.tile(x, ints([count, 1])), ints([count, -1, width]), False)
     both = with_bias(op.matmul(each, gate_up, False, True), 0, height)
