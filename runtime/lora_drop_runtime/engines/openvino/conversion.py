@@ -244,7 +244,10 @@ def _experts(node: Node) -> list[Output]:
     def with_bias(product: Any, place: int, size: int) -> Any:
         found = np.zeros((count, 1, size), np.float32)
         if biases:
-            found = biases[place].get_node().get_data(dtype=np.float32).reshape(found.shape)
+            constant = biases[place].get_node()
+            while constant.get_type_name() == "Convert":  # of bfloat16
+                constant = constant.input_value(0).get_node()
+            found = constant.get_data(dtype=np.float32).reshape(found.shape)
         return op.add(product, op.constant(np.where(found == 0, np.float32(_NEARLY_NOTHING), found)))
 
     each = op.reshape(op.tile(x, ints([count, 1])), ints([count, -1, width]), False)
