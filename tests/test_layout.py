@@ -28,7 +28,7 @@ RUNTIME = [
     ["bundle"],
     ["plan"],
     ["dtypes", "text", "command_line"],
-    ["templates", "files", "bounds"],
+    ["templates", "files", "bounds", "reasoning"],
     ["errors"],
 ]
 SERVE = [

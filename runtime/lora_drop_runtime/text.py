@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from .errors import BundleError, InputError, first_line, is_failure, wrong_type
 from .files import is_file, is_utf8, read_bounded
+from .reasoning import Thoughts, reasoning_style
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -36,6 +37,7 @@ _PROBE = "CONTENT_OF_A_MESSAGE"
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # its space tells whether a template trims
 
 INCOMPLETE = "\ufffd"  # what a tokenizer decodes the bytes of an incomplete character to
+_END_TOKENS = 8  # of a prompt, among which a mark of reasoning stands if it has begun one
 _BYTES = 64  # tokens without a whole character, so many that they are hardly text
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")  # of tokenizers that fall back to bytes
 
@@ -414,6 +416,17 @@ class TextCodec:
             "add_generation_prompt": add_generation_prompt,
         }
         return template.render(variables | self._special_tokens | dict(given))
+
+    def thoughts(self, prompt: NDArray[np.int64], *, with_tools: bool = False) -> Thoughts | None:
+        """Reasoning that the answer to a chat's prompt, int64 [T], may begin with; None where its template knows none.
+
+        Args:
+            with_tools: the prompt tells of tools.
+        """
+        style = reasoning_style(self.tool_template if with_tools and self.tool_template else self.chat_template)
+        if style is None:
+            return None
+        return Thoughts(style, style.begun_by(self.decode(prompt[-_END_TOKENS:], skip_special_tokens=False)))
 
     def decode(
         self,

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 from lora_drop_runtime.decoding.row import CANCELLED, FAILED, LENGTH, STOP, Event
 from lora_drop_runtime.grammars.calls import Calls, ToolCall
 from lora_drop_runtime.plan.schedule import StepKind
+from lora_drop_runtime.reasoning import Thoughts
 from lora_drop_runtime.text import TextCodec
 
 from .driver import Told
@@ -29,6 +30,7 @@ class Piece(NamedTuple):
 
     Attributes:
         text: maybe none, where it may still change.
+        reasoning: in front of it.
         token: the event, if it has a token that belongs to the answer.
         finish: why the choice ends with it, as the API says it.
         calls: of tools, that end with it.
@@ -38,6 +40,7 @@ class Piece(NamedTuple):
     token: Event | None
     finish: str | None
     calls: Sequence[ToolCall] = ()
+    reasoning: str = ""
 
 
 class Choice:
@@ -45,6 +48,7 @@ class Choice:
 
     Attributes:
         tokens: of the answer.
+        reasoned: those of them that were reasoning.
         steps: after the prompt, by kind.
         drafted, accepted: drafts, where refreshes verify them.
         reused: tokens of its prompt that were not run; None before anything is known of its row.
@@ -52,12 +56,16 @@ class Choice:
         is_over: its row has ended, too.
     """
 
-    def __init__(self, codec: TextCodec, stops: Sequence[str], calls: Calls | None, is_silent: bool) -> None:
+    def __init__(
+        self, codec: TextCodec, stops: Sequence[str], calls: Calls | None, is_silent: bool, thoughts: Thoughts | None
+    ) -> None:
         self._is_silent = is_silent
-        self._pieces = codec.stream(stops, () if calls is None else calls.marks)
+        marks = (*(() if calls is None else calls.marks), *(() if thoughts is None else thoughts.style.marks))
+        self._pieces = codec.stream(stops, marks)
+        self._thoughts = None if thoughts is None else thoughts.stream()
         self._parts = None if calls is None else calls.stream()
         self._has_called = False
-        self.tokens, self.drafted, self.accepted = 0, 0, 0
+        self.tokens, self.reasoned, self.drafted, self.accepted = 0, 0, 0, 0
         self.steps = dict.fromkeys(StepKind, 0)
         self.reused: int | None = None
         self.finish: str | None = None
@@ -80,17 +88,29 @@ class Choice:
             return Piece("", None, None)
         text = "" if event.token is None else self._pieces.push(event.token)
         self.tokens += event.token is not None
+        self.reasoned += event.token is not None and self._thoughts is not None and self._thoughts.reasons
         if self._pieces.stopped or event.finished == STOP:
             self.finish = "stop"
         elif event.finished == LENGTH:
             self.finish = "length"
         if self.finish is not None:
             text += self._pieces.finish()
+        reasoning, text = self._apart(text)
         text, calls = self._split(text)
         self._has_called |= bool(calls)
         if self._has_called and self.finish == "stop":
             self.finish = "tool_calls"
-        return Piece(text, event if event.token is not None else None, self.finish, calls)
+        return Piece(text, event if event.token is not None else None, self.finish, calls, reasoning)
+
+    def _apart(self, text: str) -> tuple[str, str]:
+        """Reasoning and the rest that are ready."""
+        if self._thoughts is None:
+            return "", text
+        reasoning, text = self._thoughts.push(text)
+        if self.finish is not None:
+            more, rest = self._thoughts.finish()
+            reasoning, text = reasoning + more, text + rest
+        return reasoning, text
 
     def _split(self, text: str) -> tuple[str, list[ToolCall]]:
         """Content and calls that are ready."""
@@ -161,6 +181,7 @@ class Answer:
         includes_usage_so_far: each chunk of a choice has the usage so far.
         echoes: text that a choice begins with.
         calls: that the model may write.
+        thoughts: that it may write before its answer.
         is_silent: no new token is told, though a row makes one.
     """
 
@@ -183,15 +204,18 @@ class Answer:
         verifies: bool,
         echoes: Sequence[str] | None = None,
         calls: Calls | None = None,
+        thoughts: Thoughts | None = None,
         is_silent: bool = False,
     ) -> None:
         self._codec, self._prompt_tokens = codec, prompt_tokens
         self._logprobs, self._includes_usage, self._verifies = logprobs, includes_usage, verifies
         self._includes_usage_so_far, self._each = includes_usage_so_far, choices
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self.choices = [Choice(codec, stops, calls, is_silent) for _ in range(rows)]
+        self.choices = [Choice(codec, stops, calls, is_silent, thoughts) for _ in range(rows)]
+        self._thinks = thoughts is not None
         self._echoes = echoes or [""] * rows
         self._texts = [[echo] for echo in self._echoes]
+        self._reasoning: list[list[str]] = [[] for _ in range(rows)]
         self._tokens: list[list[Event]] = [[] for _ in range(rows)]
         self._calls: list[list[dict[str, Any]]] = [[] for _ in range(rows)]
         self._places = [Places(codec, echo) for echo in self._echoes]
@@ -204,6 +228,7 @@ class Answer:
         """Raises ApiError: the row has failed."""
         piece = self.choices[told.row].take(told.event)
         self._texts[told.row].append(piece.text)
+        self._reasoning[told.row].append(piece.reasoning)
         self._calls[told.row] += map(_as_call, piece.calls)
         if piece.token is not None and self._logprobs:
             self._tokens[told.row].append(piece.token)
@@ -221,11 +246,11 @@ class Answer:
     def chunks(self, told: Told) -> list[dict[str, Any]]:
         """What an event adds, maybe nothing. Raises ApiError: the row has failed."""
         piece = self.choices[told.row].take(told.event)
-        if piece.token is None and not piece.text and piece.finish is None:
+        if piece.token is None and not piece.text and not piece.reasoning and piece.finish is None:
             return []
         tokens = [piece.token] if piece.token is not None else []
         said = self._said(told.row, tokens) if self._logprobs and tokens else None
-        added = [self._added(piece.text)]
+        added = [self._added(piece.text, piece.reasoning)]
         for call in map(_as_call, piece.calls):
             added += _call_deltas(len(self._calls[told.row]), call)
             self._calls[told.row].append(call)
@@ -259,7 +284,7 @@ class Answer:
     def _choice(self, index: int) -> dict[str, Any]:
         return {
             "index": index,
-            **self._has("".join(self._texts[index]), self._calls[index]),
+            **self._has("".join(self._texts[index]), self._calls[index], "".join(self._reasoning[index])),
             "logprobs": self._said(index, self._tokens[index]) if self._logprobs else None,
             "finish_reason": self.choices[index].finish,
         }
@@ -276,8 +301,12 @@ class Answer:
             "completion_tokens": new,
             "total_tokens": self._prompt_tokens + new,
             "prompt_tokens_details": {"cached_tokens": self._cached_tokens()},
+            **({"completion_tokens_details": {"reasoning_tokens": self._reasoned()}} if self._thinks else {}),
             "lora_drop": steps,
         }
+
+    def _reasoned(self) -> int:
+        return sum(choice.reasoned for choice in self.choices)
 
     def _cached_tokens(self) -> int:
         """Of the prompts, each counted once, those that none of its choices had to run."""
@@ -299,12 +328,12 @@ class Answer:
         """What a stream's choice begins with, maybe nothing."""
         raise NotImplementedError
 
-    def _added(self, text: str) -> dict[str, Any]:
+    def _added(self, text: str, reasoning: str) -> dict[str, Any]:
         """Text in a chunk."""
         raise NotImplementedError
 
-    def _has(self, text: str, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The whole text, and calls of tools."""
+    def _has(self, text: str, calls: Sequence[dict[str, Any]], reasoning: str) -> dict[str, Any]:
+        """The whole text, calls of tools, and the reasoning before them."""
         raise NotImplementedError
 
     def _said(self, index: int, tokens: Sequence[Event]) -> dict[str, Any]:
@@ -320,10 +349,10 @@ class CompletionAnswer(Answer):
     def _begun(self, index: int) -> dict[str, Any]:
         return {"text": self._echoes[index]} if self._echoes[index] else {}
 
-    def _added(self, text: str) -> dict[str, Any]:
+    def _added(self, text: str, reasoning: str) -> dict[str, Any]:
         return {"text": text}
 
-    def _has(self, text: str, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _has(self, text: str, calls: Sequence[dict[str, Any]], reasoning: str) -> dict[str, Any]:
         return {"text": text}
 
     def _said(self, index: int, tokens: Sequence[Event]) -> dict[str, Any]:
@@ -349,11 +378,13 @@ class ChatAnswer(Answer):
     def _begun(self, index: int) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def _added(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text}}
+    def _added(self, text: str, reasoning: str) -> dict[str, Any]:
+        return {"delta": {"content": text} | ({"reasoning_content": reasoning} if reasoning else {})}
 
-    def _has(self, text: str, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _has(self, text: str, calls: Sequence[dict[str, Any]], reasoning: str) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if reasoning:
+            message["reasoning_content"] = reasoning
         return {"message": message | {"content": text or None, "tool_calls": calls} if calls else message}
 
     def _said(self, index: int, tokens: Sequence[Event]) -> dict[str, Any]:

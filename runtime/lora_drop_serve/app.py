@@ -35,6 +35,7 @@ from lora_drop_runtime.grammars.grammar import Grammars
 from lora_drop_runtime.plan.drafting import AUTO, VerifiedSchedule
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import AdaptiveSchedule, PeriodicSchedule, Schedule
+from lora_drop_runtime.reasoning import Thoughts
 from lora_drop_runtime.text import TextCodec, TextTooLong, checked_variables
 from numpy.typing import NDArray
 from starlette.datastructures import MutableHeaders
@@ -447,7 +448,10 @@ class Service:
             raise
         with _readable("tools"):
             calls = None if tools is None else tools.calls(self._codec.tool_template or self._codec.chat_template)
-        return await self._answer(ChatAnswer, body, [ids], "messages", request, calls=calls)
+        # What has to be JSON or a call from its first letter has no room for reasoning
+        is_free = body.json_schema is None if calls is None else calls.is_free
+        thoughts = self._codec.thoughts(ids, with_tools=tools is not None) if is_free else None
+        return await self._answer(ChatAnswer, body, [ids], "messages", request, calls=calls, thoughts=thoughts)
 
     async def _encoded(self, prompts: Sequence[str] | Sequence[list[int]]) -> list[Ids]:
         def ids(prompt: str | list[int]) -> Ids:
@@ -518,6 +522,7 @@ class Service:
         request: Request,
         echoes: Sequence[str] | None = None,
         calls: Calls | None = None,
+        thoughts: Thoughts | None = None,
     ) -> Response:
         policy = self._policy(body)
         self._check_vocabulary(body.biases, "logit_bias")
@@ -545,6 +550,7 @@ class Service:
             verifies=policy.verifies,
             echoes=echoes,
             calls=calls,
+            thoughts=thoughts,
             is_silent=body.new_tokens == 0,
         )
         job = self.driver.submit(rows)

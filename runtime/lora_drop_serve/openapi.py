@@ -69,11 +69,16 @@ class PromptTokens(_Said):
     cached_tokens: int
 
 
+class CompletionTokens(_Said):
+    reasoning_tokens: int
+
+
 class Usage(_Said):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokens
+    completion_tokens_details: CompletionTokens | None = None
     lora_drop: Steps
 
 
@@ -119,6 +124,7 @@ class ChatMessage(_Said):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    reasoning_content: str | None = None
     tool_calls: list[Call] | None = None
 
 

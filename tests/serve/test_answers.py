@@ -10,6 +10,7 @@ import pytest
 from lora_drop_runtime.decoding.row import FAILED, LENGTH, STOP, Event
 from lora_drop_runtime.grammars.tools import Tools
 from lora_drop_runtime.plan.schedule import StepKind
+from lora_drop_runtime.reasoning import CHANNELS, THINK, ReasoningStyle, Thoughts
 from lora_drop_runtime.text import TextCodec
 from lora_drop_serve.answers import Answer, ChatAnswer, CompletionAnswer
 from lora_drop_serve.driver import Told
@@ -120,15 +121,56 @@ def test_a_row_that_fails_behind_a_stop_string_has_its_answer() -> None:
         CompletionAnswer(codec, "m", 1, 1, ("c",), **options).take(Told(0, events[-1]))
 
 
-@pytest.mark.parametrize("special", [False, True])
-def test_a_call_is_found_between_marks_that_are_special_tokens(special: bool) -> None:
-    """As some models with calls in Hermes's style have them; other special tokens are no text."""
+def _of_bytes(*marks: AddedToken) -> TextCodec:
+    """A token for each byte, and the marks."""
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(mark, special=special) for mark in ("<tool_call>", "</tool_call>")])
+    tokenizer.add_tokens(list(marks))
     tokenizer.add_special_tokens(["<|end|>"])
-    codec = TextCodec(tokenizer, {}, None)
+    return TextCodec(tokenizer, {}, None)
+
+
+@pytest.mark.parametrize(
+    ("style", "text"),
+    [
+        (THINK, '<think>\nSo.\n</think>\n\nOh\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'),
+        (CHANNELS, "<|channel|>analysis<|message|>So.<|end|><|start|>assistant<|channel|>final<|message|>Oh"),
+    ],
+    ids=["think", "channels"],
+)
+def test_reasoning_stands_apart(style: ReasoningStyle, text: str) -> None:
+    """From the answer, from calls behind it, and in the usage."""
+    codec = _of_bytes(*(AddedToken(mark, special=True) for mark in style.marks if mark != "<|end|>"))
+    ids = codec.encode(text).tolist()
+    options: Any = {"logprobs": False, "includes_usage": True, "includes_usage_so_far": False, "verifies": False}
+    events = [Event(0, token, StepKind.REFRESH) for token in ids]
+    events.append(Event(0, None, StepKind.REFRESH, finished=STOP))
+    for stream in (False, True):
+        calls = Tools([{"type": "function", "function": {"name": "now"}}]).calls("<tool_call>")
+        answer = ChatAnswer(codec, "m", 1, 1, (), calls=calls, thoughts=Thoughts(style), **options)
+        if stream:
+            chunks = [chunk["choices"][0]["delta"] for event in events for chunk in answer.chunks(Told(0, event))]
+            found = {
+                name: "".join(chunk.get(name, "") for chunk in chunks) for name in ("reasoning_content", "content")
+            }
+            called = any("tool_calls" in chunk for chunk in chunks)
+        else:
+            for event in events:
+                answer.take(Told(0, event))
+            found = read(answer)["choices"][0]["message"]
+            called = "tool_calls" in found
+        assert (found["reasoning_content"], found["content"]) == ("So.", "Oh")
+        assert called == ("tool_call" in text)
+        (details,) = [answer.usage()["completion_tokens_details"]]
+        assert 3 <= details["reasoning_tokens"] <= 5 + len(style.marks)
+        assert answer.usage()["completion_tokens"] == len(ids)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_call_is_found_between_marks_that_are_special_tokens(special: bool) -> None:
+    """As some models with calls in Hermes's style have them; other special tokens are no text."""
+    codec = _of_bytes(*(AddedToken(mark, special=special) for mark in ("<tool_call>", "</tool_call>")))
     ids = codec.encode('Oh<|end|>\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call><|end|>').tolist()
     options: Any = {"logprobs": False, "includes_usage": False, "includes_usage_so_far": False, "verifies": False}
     for stream in (False, True):

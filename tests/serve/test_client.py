@@ -23,6 +23,7 @@ from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.decoding import sampling
 from lora_drop_runtime.text import TextCodec
 
+from tests.support.bundles import record_again
 from tests.support.serving import TEMPLATE, Served, serving, word_tokenizer
 
 PROMPT = [3, 14, 15, 92]
@@ -444,6 +445,23 @@ def test_variables_of_the_chat_template(bundle: Bundle, tmp_path: Path) -> None:
                 "/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
             )
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, "chat_template_kwargs")
+
+
+def test_reasoning_stands_apart(bundle: Bundle, tmp_path: Path) -> None:
+    """Of a template that begins it; a completion has none."""
+    root = shutil.copytree(bundle.root, tmp_path / "b")
+    word_tokenizer(root, TEMPLATE + "{% set ends = '</think>' %} <think>")
+    file = root / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text(encoding="utf-8").replace('"t130"', '"<think>"'), encoding="utf-8")
+    record_again(root)
+    with serving(Batch.open(root, slots=2, threads=1), TextCodec.open(root / "tokenizer")) as server:
+        asked = {"messages": [{"role": "user", "content": "t3 t14"}], "max_tokens": 4, "temperature": 0}
+        answer = server.http.post("/v1/chat/completions", json=asked).json()
+        message, usage = answer["choices"][0]["message"], answer["usage"]
+        assert (message["content"], len(message["reasoning_content"].split())) == ("", 4)
+        assert usage["completion_tokens_details"] == {"reasoning_tokens": usage["completion_tokens"]}
+        whole = server.http.post("/v1/completions", json={"prompt": "t3 t14", "max_tokens": 4}).json()
+        assert "completion_tokens_details" not in whole["usage"]
 
 
 def test_a_chat_takes_what_fits_where_it_does_not_say(client: openai.OpenAI, bundle: Bundle) -> None:

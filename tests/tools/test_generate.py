@@ -52,3 +52,32 @@ def test_a_chat_without_a_template_asks_for_no_question(tmp_path: Path, monkeypa
     with pytest.raises(InputError, match="no chat template") as refused:
         chat(bundle.root, ChatSettings(threads=1))
     assert "lora-drop generate" in str(refused.value)
+
+
+def test_reasoning_is_told_from_the_answer(tmp_path: Path) -> None:
+    """Of a template that begins it; it ends with a token of the tiny model's own, renamed to the mark."""
+    root = word_bundle(tmp_path / "bundle", "{{ messages[-1].content.split('</think>')[-1] }} <think>").root
+    file = root / "tokenizer" / "tokenizer.json"
+    made = json.loads(file.read_text(encoding="utf-8"))
+
+    def renamed(**names: str) -> None:
+        vocabulary = {names.get(word, word): number for word, number in made["model"]["vocab"].items()}
+        file.write_text(json.dumps(made | {"model": made["model"] | {"vocab": vocabulary}}), encoding="utf-8")
+        record_again(root)
+
+    settings, out = GenerateSettings(max_new_tokens=8, threads=1), io.StringIO()
+    renamed(t130="<think>")
+    (whole,) = generate(root, ["t1 t2"], settings, chat=True, out=out)
+    words = whole.reasoning.split()
+    assert (whole.text, len(words)) == ("", 8)
+    assert out.getvalue() == f"<think>\n{whole.reasoning}\n"
+    place = next(n for n in range(2, 6) if words.index(words[n]) == n and words[n] != "t1")
+    renamed(t130="<think>", **{words[place]: "</think>"})
+    for prompts in (["t1 t2"], ["t1 t2", "t1 t2"]):
+        out = io.StringIO()
+        for found in generate(root, prompts, settings, chat=True, out=out):
+            assert found.reasoning.split() == words[:place]
+            assert found.text.split()[: 7 - place] == [
+                word if word != words[place] else "</think>" for word in words[place + 1 :]
+            ]
+        assert f"<think>\n{found.reasoning}\n</think>\n\n{found.text}" in out.getvalue()

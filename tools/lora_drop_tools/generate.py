@@ -33,6 +33,7 @@ from lora_drop_runtime.errors import BundleError, DraftsDoNotPay, InputError, fi
 from lora_drop_runtime.files import read_bounded
 from lora_drop_runtime.grammars.grammar import Grammars
 from lora_drop_runtime.plan.schedule import SCHEDULES
+from lora_drop_runtime.reasoning import Thoughts
 from lora_drop_runtime.text import TextCodec, checked_variables
 
 from lora_drop_tools.shared.bundles import check_session
@@ -223,8 +224,10 @@ class Completion:
     """One prompt's result. `seconds` counts from the prefill on; the next two are what the session says at the end.
 
     Attributes:
+        text: of a chat's answer without the reasoning before it.
         interrupted: Ctrl-C ended it.
         drafts: what the session counted, where drafts are verified.
+        reasoning: that a chat's answer began with.
     """
 
     text: str
@@ -234,6 +237,7 @@ class Completion:
     engine_notes: list[str]
     interrupted: bool = False
     drafts: Statistics | None = None
+    reasoning: str = ""
 
     @property
     def notes(self) -> list[str]:
@@ -301,6 +305,54 @@ def _shown(text: str, out: TextIO) -> str:
     return text.translate(_ESCAPED) if out.isatty() else text
 
 
+class _Answer:
+    """The text of one completion as it grows, in two: reasoning, and what it is about.
+
+    Args:
+        thoughts: reasoning that it may begin with; None where nobody knows of any.
+    """
+
+    def __init__(self, codec: TextCodec, stop: Sequence[str], thoughts: Thoughts | None) -> None:
+        self._pieces = codec.stream(stop, () if thoughts is None else thoughts.style.marks)
+        self._thoughts = None if thoughts is None else thoughts.stream()
+        self._texts, self._reasoning = list[str](), list[str]()
+
+    @property
+    def stopped(self) -> bool:
+        return self._pieces.stopped
+
+    @property
+    def text(self) -> str:
+        return "".join(self._texts)
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(self._reasoning)
+
+    def push(self, token: int) -> str:
+        """What is new of it as it is printed, reasoning between marks."""
+        piece = self._pieces.push(token)
+        return self._printed("", piece) if self._thoughts is None else self._printed(*self._thoughts.push(piece))
+
+    def finish(self) -> str:
+        """What was held back."""
+        rest = self._pieces.finish()
+        if self._thoughts is None:
+            return self._printed("", rest)
+        printed = self._printed(*self._thoughts.push(rest))
+        return printed + self._printed(*self._thoughts.finish())
+
+    def _printed(self, reasoning: str, text: str) -> str:
+        printed = ""
+        if reasoning:
+            printed = reasoning if self._reasoning else f"<think>\n{reasoning}"
+            self._reasoning.append(reasoning)
+        if text:
+            printed += text if self._texts or not self._reasoning else f"\n</think>\n\n{text}"
+            self._texts.append(text)
+        return printed
+
+
 def _stream(
     session: Session,
     codec: TextCodec,
@@ -309,16 +361,16 @@ def _stream(
     out: TextIO,
     constraint: Constraint | None,
     *,
+    thoughts: Thoughts | None = None,
     goes_on: bool = False,
 ) -> Completion:
     """Print one completion as it is made; Ctrl-C ends it early and keeps what is there. One that goes on keeps the
     caches of what it has in common with the one before."""
-    pieces = codec.stream(settings.stop)
-    text, tokens, interrupted = [], 0, False
+    answer = _Answer(codec, settings.stop, thoughts)
+    tokens, interrupted = 0, False
     begin = time.perf_counter()
 
     def emit(piece: str) -> None:
-        text.append(piece)
         out.write(_shown(piece, out))
         out.flush()
 
@@ -327,19 +379,19 @@ def _stream(
     try:
         for token in stream:
             tokens += 1
-            emit(pieces.push(token))
-            if pieces.stopped:
+            emit(answer.push(token))
+            if answer.stopped:
                 break
     except KeyboardInterrupt:
         interrupted = True
         forget_signals()
     finally:
         stream.close()
-    emit(pieces.finish())
+    emit(answer.finish())
     out.write("\n")
     seconds = time.perf_counter() - begin
     kv, notes, drafts = session.kv_bytes(), session.engine_notes(), session.statistics()
-    return Completion("".join(text), tokens, seconds, kv, notes, interrupted, drafts)
+    return Completion(answer.text, tokens, seconds, kv, notes, interrupted, drafts, answer.reasoning)
 
 
 def _codec(bundle: Bundle, settings: GenerateSettings) -> TextCodec:
@@ -392,11 +444,13 @@ def chat(bundle: str | Path, settings: ChatSettings, *, system: str | None = Non
                 continue
             room = limits.max_seq_len - len(ids)
             fitting = dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens or REPLY_TOKENS, room))
-            reply = _stream(session, codec, ids, fitting, sys.stdout, constraint, goes_on=True)
+            thoughts = codec.thoughts(ids) if constraint is None else None
+            reply = _stream(session, codec, ids, fitting, sys.stdout, constraint, thoughts=thoughts, goes_on=True)
             if reply.drafts is not None and reply.drafts.note and not said:
                 said = True
                 print(reply.drafts.note, file=sys.stderr, flush=True)
-            messages.append({"role": "assistant", "content": reply.text})
+            reasoning = {"reasoning_content": reply.reasoning} if reply.reasoning else {}
+            messages.append({"role": "assistant", "content": reply.text, **reasoning})
 
 
 def _encoded(
@@ -455,9 +509,10 @@ def generate(
     opened = Bundle.open(bundle)
     codec, encoded, settings = _encoded(opened, prompts, settings, chat)
     constraint = settings.constraint(opened)
+    thoughts = [codec.thoughts(ids) if chat and constraint is None else None for ids in encoded]
     with settings.open(opened.root) as session, _said_by_us():
         if len(encoded) == 1:
-            completion = _stream(session, codec, encoded[0], settings, out, constraint)
+            completion = _stream(session, codec, encoded[0], settings, out, constraint, thoughts=thoughts[0])
             if completion.interrupted:
                 raise KeyboardInterrupt
             return [completion]
@@ -466,10 +521,12 @@ def generate(
         rows = session.generate(encoded, count, sampling=settings.sampling, constraint=constraint)
         seconds = time.perf_counter() - begin
         completions = []
-        for prompt, row in zip(prompts, rows, strict=True):
-            pieces = codec.stream(settings.stop)
-            text = "".join(pieces.push(int(token)) for token in row) + pieces.finish()
+        for prompt, row, one in zip(prompts, rows, thoughts, strict=True):
+            answer = _Answer(codec, settings.stop, one)
+            text = "".join(answer.push(int(token)) for token in row) + answer.finish()
             kv, notes, drafts = session.kv_bytes(), session.engine_notes(), session.statistics()
-            completions.append(Completion(text, len(row), seconds, kv, notes, drafts=drafts))
+            completions.append(
+                Completion(answer.text, len(row), seconds, kv, notes, drafts=drafts, reasoning=answer.reasoning)
+            )
             print(_shown(f"── {prompt}\n{text}", out), file=out, flush=True)
         return completions

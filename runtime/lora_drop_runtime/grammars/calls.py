@@ -201,13 +201,18 @@ class Calls:
         self._heads = [style.head_of(name) for name in functions]
         self._head = re.compile(re.escape(style.head[0]) + f"({NAME.pattern})" + re.escape(style.head[1]))
 
+    @property
+    def is_free(self) -> bool:
+        """Whether a text may stand before a call, or without one."""
+        return self._choice == AUTO
+
     def constraint(self, grammars: Grammars) -> Constraint:
         """What a row may write.
 
         Raises:
             InputError: a tool's schema cannot be followed.
         """
-        style, is_free = self._style, self._choice == AUTO
+        style, is_free = self._style, self.is_free
         name = self._choice[1:] if self._choice.startswith(":") else None
         functions = self._functions if name is None else {name: self._functions[name]}
         several = self._parallel and name is None

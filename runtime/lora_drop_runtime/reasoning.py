@@ -1,0 +1,184 @@
+"""Reasoning in front of an answer, as models write it: its style is told by their chat template.
+
+Enters: a chat template; the text of an answer as it grows. Leaves: reasoning and content.
+
+    <think>…</think> content                                   Qwen3, DeepSeek-R1, GLM 4.5 and others; the template may
+                                                               have written the first mark
+    <|channel|>analysis<|message|>…<|end|>                     GPT-OSS: messages on channels, of which `analysis` is
+    <|start|>assistant<|channel|>final<|message|>content       reasoning
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_SPACE = string.whitespace
+_OPEN, _CLOSE = "<think>", "</think>"
+_BEGIN, _FREE, _BETWEEN, _HEADER, _REASONING, _CONTENT = "begin", "free", "between", "header", "reasoning", "content"
+_ANALYSIS = "analysis"  # begins the header of a message that is reasoning
+
+
+@dataclass(frozen=True)
+class ReasoningStyle:
+    """How reasoning is told from content.
+
+    Attributes:
+        marks: parts of the text that are special tokens of some models: they are to be kept in it.
+        ways: state → mark that ends it → the next state. A text begins in `begin`, and one that no mark begins is free
+            content.
+        opening: what a prompt ends with that has begun the reasoning already; empty where none does.
+    """
+
+    marks: tuple[str, ...]
+    ways: Mapping[str, Mapping[str, str]]
+    opening: str = ""
+
+    def begun_by(self, prompt_end: str) -> bool:
+        """Whether a prompt that ends so, its special tokens kept, has begun the reasoning."""
+        return bool(self.opening) and prompt_end.rstrip().endswith(self.opening)
+
+
+THINK = ReasoningStyle(
+    marks=(_OPEN, _CLOSE),
+    ways={_BEGIN: {_OPEN: _REASONING}, _REASONING: {_CLOSE: _CONTENT}, _CONTENT: {}},
+    opening=_OPEN,
+)
+_NEXT_MESSAGE = {"<|end|>": _BETWEEN, "<|start|>": _BETWEEN, "<|channel|>": _HEADER}
+CHANNELS = ReasoningStyle(
+    marks=("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|constrain|>"),
+    ways={
+        _BEGIN: {"<|start|>": _BETWEEN, "<|channel|>": _HEADER},
+        _BETWEEN: {"<|channel|>": _HEADER, "<|message|>": _CONTENT},
+        _HEADER: {"<|message|>": _CONTENT},  # or reasoning, as the header says
+        _REASONING: _NEXT_MESSAGE,
+        _CONTENT: _NEXT_MESSAGE,
+    },
+)
+
+
+def reasoning_style(chat_template: str | None) -> ReasoningStyle | None:
+    """The style that a chat template tells; None of one that knows no reasoning."""
+    template = chat_template or ""
+    if all(mark in template for mark in ("<|channel|>", "<|message|>", _ANALYSIS)):
+        return CHANNELS
+    return THINK if _CLOSE in template else None
+
+
+class ReasoningStream:
+    """Text in, as it grows; reasoning and content out, as soon as they cannot change. White space around either is
+    neither's, and messages of one kind become one, a line each.
+
+    Args:
+        style: of the text, whose marks it keeps.
+        inside: the prompt has begun the reasoning.
+
+    Attributes:
+        reasons: whether what comes next is reasoning, as far as is known.
+    """
+
+    def __init__(self, style: ReasoningStyle, *, inside: bool = False) -> None:
+        self._ways = style.ways
+        self._state = _REASONING if inside else _BEGIN
+        self._held = ""  # may begin a mark, or be white space at an end
+        self._header = ""
+        self._before: dict[str, str | None] = {_REASONING: "", _CONTENT: ""}  # of what comes next; None within a text
+
+    @property
+    def reasons(self) -> bool:
+        return self._state == _REASONING
+
+    def push(self, piece: str) -> tuple[str, str]:
+        """Reasoning and content that are ready, maybe none."""
+        self._held += piece
+        found = {_REASONING: "", _CONTENT: ""}
+        while self._step(found):
+            pass
+        return found[_REASONING], found[_CONTENT]
+
+    def finish(self) -> tuple[str, str]:
+        """What is left when the text has ended."""
+        found, state = {_REASONING: "", _CONTENT: ""}, self._state
+        if state in (_BEGIN, _FREE):
+            found[_CONTENT] = self._held
+        elif state in found:
+            self._tell(found, self._held.rstrip(_SPACE) if state == _REASONING else self._held)
+        self._held = ""
+        return found[_REASONING], found[_CONTENT]
+
+    def _step(self, found: dict[str, str]) -> bool:
+        """Take what is held as far as the next mark; whether there may be another one."""
+        if self._state == _FREE:
+            found[_CONTENT] += self._held
+            self._held = ""
+            return False
+        marks = self._ways[self._state]
+        if self._state == _BEGIN and not self._may_begin(marks):
+            self._state = _FREE
+            return True
+        places = {mark: place for mark in marks if (place := self._held.find(mark)) >= 0}
+        if not places:
+            self._tell_what_is_sure(found, marks)
+            return False
+        mark = min(places, key=places.__getitem__)
+        before, self._held = self._held[: places[mark]], self._held[places[mark] + len(mark) :]
+        self._leave(found, before)
+        self._state = marks[mark]
+        if mark == "<|message|>" and self._header.lstrip(_SPACE).startswith(_ANALYSIS):
+            self._state = _REASONING
+        if mark == "<|channel|>":
+            self._header = ""
+        return True
+
+    def _may_begin(self, marks: Mapping[str, str]) -> bool:
+        """Whether the text so far is white space, and a mark or the beginning of one."""
+        text = self._held.lstrip(_SPACE)
+        return any(text.startswith(mark) or mark.startswith(text) for mark in marks)
+
+    def _tell_what_is_sure(self, found: dict[str, str], marks: Mapping[str, str]) -> None:
+        if self._state == _BEGIN:
+            return
+        begun = max((n for mark in marks for n in range(1, len(mark)) if self._held.endswith(mark[:n])), default=0)
+        sure = self._held[: len(self._held) - begun]
+        if self._state in (_REASONING, _CONTENT):
+            if marks:  # what follows may be a mark, before which white space is dropped
+                sure = sure.rstrip(_SPACE)
+            self._tell(found, sure)
+        elif self._state == _HEADER:
+            self._header += sure
+        self._held = self._held[len(sure) :]
+
+    def _leave(self, found: dict[str, str], text: str) -> None:
+        """The rest of a state's text, which a mark ends."""
+        if self._state == _HEADER:
+            self._header += text
+        elif self._state in (_REASONING, _CONTENT):
+            self._tell(found, text.rstrip(_SPACE))
+            if self._before[self._state] is None:
+                self._before[self._state] = "\n"
+
+    def _tell(self, found: dict[str, str], text: str) -> None:
+        before = self._before[self._state]
+        if before is not None:
+            text = text.lstrip(_SPACE)
+            text = before + text if text else ""
+        if text:
+            self._before[self._state] = None
+        found[self._state] += text
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """Reasoning that an answer may begin with.
+
+    Attributes:
+        inside: the prompt has begun it.
+    """
+
+    style: ReasoningStyle
+    inside: bool = False
+
+    def stream(self) -> ReasoningStream:
+        """A new stream for one text."""
+        return ReasoningStream(self.style, inside=self.inside)
