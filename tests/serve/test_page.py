@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.text import TextCodec
 
 from tests.serve.test_client import alone, words
+from tests.support.bundles import record_again
 from tests.support.chromium import CHROMIUM, open_page
-from tests.support.serving import Served, serving
+from tests.support.serving import TEMPLATE, Served, serving, word_tokenizer
 
 
 def test_the_page_needs_nothing_from_elsewhere(served: Served) -> None:
@@ -96,3 +98,28 @@ def test_a_proxys_own_error_is_shown_as_it_is(served: Served, tmp_path: Path) ->
         page.run("fetch = async () => new Response('too many requests wait', { status: 503 })")  # Ray's are plain text
         page.run("send('t3')")
         assert page.run("document.querySelector('.error').textContent") == "503: too many requests wait"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_reasoning_is_shown_paler(bundle: Bundle, tmp_path: Path) -> None:
+    """Of a template that begins it; the tiny model's fourth token, renamed, ends it."""
+    root = shutil.copytree(bundle.root, tmp_path / "b")
+    word_tokenizer(root, TEMPLATE + "{% set ends = '</think>' %} <think>")
+    file = root / "tokenizer" / "tokenizer.json"
+    made = file.read_text(encoding="utf-8").replace('"t130"', '"<think>"')
+    ends = words(alone(bundle, [3, 14, 130], 9)).split()[3]
+    file.write_text(made.replace(f'"{ends}"', '"</think>"'), encoding="utf-8")
+    record_again(root)
+    batch, codec = Batch.open(root, slots=1, threads=1), TextCodec.open(root / "tokenizer")
+    with serving(batch, codec) as served, open_page(tmp_path / "profile") as page:
+        page.open(served.address)
+        page.await_that("model")
+        page.run("at('tokens').value = 9, at('text').value = 't3 t14', at('go').click()")
+        page.await_that("document.querySelectorAll('footer').length === 1 && !running")
+        spans = "[...document.querySelectorAll('article:last-child span')]"
+        thoughts = page.run(f"{spans}.map(span => span.className.endsWith(' thought'))")
+        assert thoughts == sorted(thoughts, reverse=True)
+        assert set(thoughts) == {True, False}
+        assert page.run("messages.length") == 2
+        assert page.run("messages[1].reasoning_content.split(' ').length") == 3
+        assert page.errors == []
