@@ -15,6 +15,7 @@ from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.cli import main
 from lora_drop_export.decoder.loaded import load_model
 from lora_drop_export.weights.resolve import find_tensor
+from tests.support.bundles import more_family
 from tests.support.models import gpt_oss, qwen2_moe
 
 PREFIX = "model.layers.1.mlp.experts"
@@ -43,6 +44,13 @@ def write(directory, damage=None, builder=gpt_oss):
     path.write_text(json.dumps(config), "utf-8")
 
 
+@pytest.fixture
+def traced_once(monkeypatch):
+    """The trace knows nothing of MXFP4: it is made once for all files of tests."""
+    source = more_family("gpt_oss")
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: source.traced)
+
+
 def test_it_is_read_as_transformers_reads_it(tmp_path):
     write(tmp_path)
     theirs = dict(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
@@ -56,6 +64,7 @@ def test_it_is_read_as_transformers_reads_it(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.usefixtures("traced_once")
 def test_integers_hold_it(dtype, tmp_path):
     """Of 8 bits in blocks of its own size they are the very values; those of 4 lie otherwise, and are rounded."""
     write(tmp_path / "model")
@@ -103,6 +112,7 @@ def _signed(tensors):
         (None, qwen2_moe, "It has mxfp4 in a model of type 'qwen2_moe'"),
     ],
 )
+@pytest.mark.usefixtures("traced_once")
 def test_damaged_ones_are_refused(damage, builder, note, tmp_path, capsys):
     write(tmp_path / "model", damage, builder)
     assert main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *WHOLE]) == 2
