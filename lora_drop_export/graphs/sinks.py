@@ -7,7 +7,6 @@ A sink is a score of a head that takes its share of the softmax and has no value
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from .nodes import Ops
@@ -43,11 +42,6 @@ def scaled_by_sinks(ops: Ops, attention: ir.Node, sinks: ir.Value, kv_heads: int
     ops.nodes[-1].name = f"{_PREFIX}{sinks.name}"
     result.type = attended.type
     return result
-
-
-def sinks_of(proto: onnx.ModelProto) -> list[str]:
-    """Names of the sinks of a neutral graph."""
-    return [node.name.removeprefix(_PREFIX) for node in proto.graph.node if node.name.startswith(_PREFIX)]
 
 
 def _remove_unread(graph: ir.Graph, node: ir.Node) -> None:

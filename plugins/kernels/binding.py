@@ -16,7 +16,7 @@ DTYPE_CODES = {"f32": 0, "f16": 1, "bf16": 2, "f8": 3, "i8": 4}
 
 SIZES = ("batch", "new_tokens", "heads", "kv_heads", "head_dim", "slots", "rotary_dim", "interleaved", "window")
 FLOATS = ("scale", "softcap", "norm_epsilon")
-INPUTS = ("query", "key", "value", "cos", "sin", "q_norm", "k_norm", "k_scale", "v_scale", "length", "count")
+INPUTS = ("query", "key", "value", "cos", "sin", "q_norm", "k_norm", "k_scale", "v_scale", "sinks", "length", "count")
 UPDATED = ("key_cache", "value_cache", "output", "workspace")
 
 

@@ -222,7 +222,7 @@ struct FmaTile {
             float out[kChunk];
             load_chunk(out, queries + r * call.head_dim + c);
             if (to.whole) {
-                const float factor = to.factor(sum[r]);
+                const float factor = to.factor(r, maximum[r], sum[r]);
 #pragma unroll
                 for (int e = 0; e < kChunk; ++e) out[e] *= factor;
                 store_chunk(static_cast<T*>(call.output) + to.row_offset(r) + c, out);

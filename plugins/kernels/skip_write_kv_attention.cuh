@@ -144,7 +144,7 @@ LORA_DROP_BODY void join_row(const LoraDropAttention& call, const Plan& plan, co
     }
     sync_block();
     if (part == 0) {
-        const float factor = to.factor(total);
+        const float factor = to.factor(row, origin, total);
         float out[kChunk] = {};
         for (int p = 0; p < parts; ++p) {
             float partial[kChunk];

@@ -8,7 +8,7 @@
  *        length[b] … length[b] + count[b] − 1; nothing else in the cache is written
  *     4. attention of the row's new tokens over the valid slots: token s sees slot c iff c <= length[b] + s,
  *        and within a window W iff also c > length[b] + s − W. The cost follows the valid length, never the capacity,
- *        and no slot past it is read.
+ *        and no slot past it is read. A sink is one score more in a head's softmax, without a value.
  *
  * Norm, RoPE and attention are computed in float32, and a key is rounded once, after RoPE, to kv_dtype. In float16 and
  * bfloat16 the products run on tensor cores where a call has more than one new token or 8 and more query heads for each
@@ -32,6 +32,7 @@
  *     length           [B]             int64     valid slots before the call; length[b] + count[b] <= C
  *     count            [B]             int64     tokens to append, 0 … S; null means S in every row
  *     k_scale, v_scale [G]             float32   of a quantized cache: value = stored · scale; else null
+ *     sinks            [N]             float32   a score of each head; null without
  *     key_cache        [B, G, C, D]    kv_dtype  updated in place
  *     value_cache      [B, G, C, D]    kv_dtype  updated in place
  *     output           [B, S, N·D]     dtype
@@ -80,6 +81,7 @@ typedef struct {
     const void* k_norm;
     const float* k_scale;
     const float* v_scale;
+    const float* sinks;
     const int64_t* length;
     const int64_t* count;
     void* key_cache;

@@ -223,7 +223,7 @@ struct TensorTile {
             float total = sum[half] + shuffle_xor(sum[half], 1);
             total += shuffle_xor(total, 2);
             if (r >= rows) continue;
-            const float factor = to.whole ? to.factor(total) : 1.0f;
+            const float factor = to.whole ? to.factor(r, maximum[half], total) : 1.0f;
             if (!to.whole && lane % 4 == 0) to.put_statistics(r, maximum[half], total);
 #pragma unroll
             for (int j = 0; j < kHeadDim / 8; ++j) {

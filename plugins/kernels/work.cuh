@@ -148,9 +148,13 @@ struct Destination {
         statistic[0] = maximum;
         statistic[1] = sum;
     }
-    /* What an output is multiplied by at last. */
-    LORA_DROP_BODY float factor(float sum) const {
-        return sum == 0.0f ? 0.0f : (call.v_scale == nullptr ? 1.0f : call.v_scale[g]) / sum;
+    /* What the output of a row is multiplied by at last; its weights, whose sum is given, are relative to 2^maximum. */
+    LORA_DROP_BODY float factor(int row, float maximum, float sum) const {
+        if (sum == 0.0f) return 0.0f;  // it sees nothing
+        if (call.sinks != nullptr) {
+            sum += exp2f(call.sinks[g * plan.group + (first_row + row) % plan.group] * kLog2E - maximum);
+        }
+        return (call.v_scale == nullptr ? 1.0f : call.v_scale[g]) / sum;
     }
 };
 

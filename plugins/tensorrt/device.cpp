@@ -35,6 +35,8 @@ void setStandInPointers(LoraDropAttention& call, Fields const& fields) {
         call.q_norm = call.k_norm = nowhere;
     if (fields.has_kv_scale != 0)
         call.k_scale = call.v_scale = reinterpret_cast<float const*>(nowhere);
+    if (fields.has_sinks != 0)
+        call.sinks = reinterpret_cast<float const*>(nowhere);
 }
 
 } // namespace

@@ -40,6 +40,7 @@ constexpr FieldRule kRULES[] = {
     {"has_count", &Fields::has_count, nullptr, true, true, 0, "0 or 1", 1},
     {"has_norm", &Fields::has_norm, nullptr, true, true, 0, "0 or 1", 1},
     {"has_kv_scale", &Fields::has_kv_scale, nullptr, true, true, 0, "0 or 1", 1},
+    {"has_sinks", &Fields::has_sinks, nullptr, false, true, 0, "0 or 1", 1},
     {"scale", nullptr, &Fields::scale, true, true, kABOVE_ZERO, "a finite number above 0"},
     {"softcap", nullptr, &Fields::softcap, true, true, 0, "0 (none) or a finite number above"},
     {"norm_epsilon", nullptr, &Fields::norm_epsilon, true, true, 0, "0 or a finite number above"},
@@ -102,7 +103,7 @@ Fields parseFields(PluginFieldCollection const* collection) {
         if (kRULES[i].required && !seen[i])
             missing += (missing.empty() ? "" : ", ") + std::string{kRULES[i].name};
     if (!missing.empty())
-        refuse("missing fields: ", missing, "; all are required but alias: ", ruleNames());
+        refuse("missing fields: ", missing, "; all are required but has_sinks and alias: ", ruleNames());
     if (fields.heads % fields.kv_heads != 0)
         refuse("field heads = ", fields.heads, "; accepted: a multiple of kv_heads = ", fields.kv_heads);
     if (fields.rotary_dim % 2 != 0 || fields.rotary_dim > fields.head_dim)

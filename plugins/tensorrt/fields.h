@@ -1,9 +1,10 @@
 /* The plugin's fields: read from TensorRT's collection, checked once, written back for a serialized engine.
  *
- * An ONNX node has them as attributes of the same names; all are required except alias:
+ * An ONNX node has them as attributes of the same names; all are required except has_sinks and alias:
  *
  *     heads N, kv_heads G, head_dim D, rotary_dim R, interleaved, window          int32
  *     has_count, has_norm, has_kv_scale                                           int32, 0 or 1
+ *     has_sinks                                                                   int32, 0 or 1 (default 0)
  *     scale, softcap, norm_epsilon                                                float32
  *     alias                                                                       int32, 0 or 1 (default 1)
  *     multiprocessors    int32, only in serialized plugins: the SMs that the workspace was planned for
@@ -32,6 +33,7 @@ struct Fields {
     int32_t has_count{};
     int32_t has_norm{};
     int32_t has_kv_scale{};
+    int32_t has_sinks{};
     float scale{};
     float softcap{};
     float norm_epsilon{};

@@ -147,6 +147,7 @@ LoraDropAttention SkipWriteKVAttentionPlugin::callWithPointers(Sizes const& size
     call.k_norm = pointer(kIN_K_NORM);
     call.k_scale = static_cast<float const*>(pointer(kIN_K_SCALE));
     call.v_scale = static_cast<float const*>(pointer(kIN_V_SCALE));
+    call.sinks = static_cast<float const*>(pointer(kIN_SINKS));
     call.length = static_cast<int64_t const*>(pointer(kIN_LENGTH));
     call.count = static_cast<int64_t const*>(pointer(kIN_COUNT));
     call.key_cache = outputs[kOUT_PRESENT_KEY];

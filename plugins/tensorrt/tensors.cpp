@@ -11,7 +11,8 @@ Positions::Positions(Fields const& fields) {
         bool const absent = (input == kIN_COUNT && fields.has_count == 0)
             || ((input == kIN_COS || input == kIN_SIN) && fields.rotary_dim == 0)
             || ((input == kIN_Q_NORM || input == kIN_K_NORM) && fields.has_norm == 0)
-            || ((input == kIN_K_SCALE || input == kIN_V_SCALE) && fields.has_kv_scale == 0);
+            || ((input == kIN_K_SCALE || input == kIN_V_SCALE) && fields.has_kv_scale == 0)
+            || (input == kIN_SINKS && fields.has_sinks == 0);
         mPositions[input] = absent ? -1 : mNbInputs++;
     }
 }

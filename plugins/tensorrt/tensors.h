@@ -14,6 +14,7 @@
  *     k_norm        [D]            T        has_norm = 1
  *     k_scale       [G]            float32  has_kv_scale = 1
  *     v_scale       [G]            float32  has_kv_scale = 1
+ *     sinks         [N]            float32  has_sinks = 1
  *
  * Outputs:
  *
@@ -53,6 +54,7 @@ enum Input : int32_t {
     kIN_K_NORM,
     kIN_K_SCALE,
     kIN_V_SCALE,
+    kIN_SINKS,
     kNB_INPUTS
 };
 

@@ -53,6 +53,7 @@ Expected expectedOf(Tensor tensor, Fields const& f) {
     case kIN_K_NORM: return {"k_norm", 1, {f.head_dim}};
     case kIN_K_SCALE: return {"k_scale", 1, {f.kv_heads}};
     case kIN_V_SCALE: return {"v_scale", 1, {f.kv_heads}};
+    case kIN_SINKS: return {"sinks", 1, {f.heads}};
     case kNB_INPUTS + kOUT_ATTENTION: return {"attention", 3, {kB, kS, query}};
     case kNB_INPUTS + kOUT_PRESENT_KEY: return {"present_key", 4, {kB, f.kv_heads, kC, f.head_dim}};
     case kNB_INPUTS + kOUT_PRESENT_VALUE: return {"present_value", 4, {kB, f.kv_heads, kC, f.head_dim}};
@@ -129,7 +130,8 @@ bool typeFits(Tensor tensor, DataType type, DataType query, DataType past_key, F
     case kIN_LENGTH:
     case kIN_COUNT: return type == DataType::kINT64;
     case kIN_K_SCALE:
-    case kIN_V_SCALE: return type == DataType::kFLOAT;
+    case kIN_V_SCALE:
+    case kIN_SINKS: return type == DataType::kFLOAT;
     default: return type == query;
     }
 }

@@ -97,6 +97,7 @@ DEFECTS = {
     "a_part_too_few": ("i < pieces; i += parts", "i < pieces - DEFECT; i += parts", "splits"),
     "query_of_another_head": ("g = within / units_of_head", "g = DEFECT ? 0 : within / units_of_head", "mha"),
     "norm_without_its_mean": ("factor * weight[i]", "(DEFECT ? 1.0f : factor) * weight[i]", "norm_in_prefill"),
+    "sink_of_another_head": ("call.sinks[g * plan.group +", "call.sinks[(DEFECT ? 0 : g * plan.group) +", "sinks"),
     "value_scaled_as_a_key": ("value[i] /= v_scale", "value[i] /= DEFECT ? k_scale : v_scale", "f8_of_f32"),
     "tensor_window_off_by_one": ("i < n && slot <= last && slot >", "i < n && slot <= last && slot + DEFECT >",
                                  "tensor_window"),
@@ -321,7 +322,7 @@ def test_nan_stays_visible(host_library: ctypes.CDLL) -> None:
     ],
 )
 def test_problem(host_library: ctypes.CDLL, changes: dict[str, object], problem: str) -> None:
-    optional = ("q_norm", "k_norm", "k_scale", "v_scale")
+    optional = ("q_norm", "k_norm", "k_scale", "v_scale", "sinks")
     call = make_call(named("one_token"), lambda name: None if name in optional else 16)
     assert host_library.lora_drop_attention_problem(call) is None
     for name, value in changes.items():

@@ -119,6 +119,8 @@ def node_of(case: Case) -> Node:
         inputs["q_norm"] = inputs["k_norm"] = (t, (d,))
     if case.quantized:
         inputs["k_scale"] = inputs["v_scale"] = ("float32", (g,))
+    if case.sinks:
+        inputs["sinks"] = ("float32", (n,))
     fields = {
         "heads": n,
         "kv_heads": g,
@@ -129,6 +131,7 @@ def node_of(case: Case) -> Node:
         "has_count": int(case.counts is not None),
         "has_norm": int(case.norm),
         "has_kv_scale": int(case.quantized),
+        "has_sinks": int(case.sinks),
         "scale": score_scale(case),
         "softcap": case.softcap,
         "norm_epsilon": 1e-6,
@@ -155,7 +158,7 @@ def drive(
 
 
 PLAIN = Case("plain", counts=(1, 0, 1))
-FULL = Case("full", counts=(2, 0, 1), new_tokens=2, norm=True, dtype="bf16", kv_dtype="f8", rotary_dim=32)
+FULL = Case("full", counts=(2, 0, 1), new_tokens=2, norm=True, dtype="bf16", kv_dtype="f8", rotary_dim=32, sinks=True)
 
 
 # ---- library and creator ---------------------------------------------------------------------------------------------
@@ -291,6 +294,7 @@ OTHER_TYPES = {
     "k_norm": ["float16"],
     "k_scale": ["bfloat16"],
     "v_scale": ["float16"],
+    "sinks": ["bfloat16"],
     "attention": ["float32"],
     "present_key": ["int8"],
     "present_value": ["bfloat16"],
@@ -321,7 +325,7 @@ def dynamic(node: Node, batch: int, new_tokens: int) -> Node:
     """With B and S still unknown, and a profile up to these sizes."""
     for tensors in (node.inputs, node.outputs):
         for name, (dtype, dims) in tensors.items():
-            if name in ("q_norm", "k_norm", "k_scale", "v_scale"):
+            if name in ("q_norm", "k_norm", "k_scale", "v_scale", "sinks"):
                 continue
             by_token = len(dims) == 3
             node.largest[name] = (batch, new_tokens, *dims[2:]) if by_token else (batch, *dims[1:])
@@ -699,7 +703,8 @@ def test_rtx_onnx_parser_makes_the_plugin_from_a_node(build: Build, tmp_path: Pa
     """NVIDIA's ONNX parser turns attributes into fields. (RTX has no plugin layer and ends the process then.)"""
     onnx = pytest.importorskip("onnx")
     node = node_of(replace(FULL, dtype="f16", kv_dtype=None))
-    types = {"float16": onnx.TensorProto.FLOAT16, "int64": onnx.TensorProto.INT64}
+    types = {name: onnx.TensorProto.DataType.Value(name.upper()) for name in ("float16", "int64")}
+    types["float32"] = onnx.TensorProto.FLOAT
 
     def infos(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> list[onnx.ValueInfoProto]:
         return [onnx.helper.make_tensor_value_info(n, types[dtype], dims) for n, (dtype, dims) in tensors.items()]

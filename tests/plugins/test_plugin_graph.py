@@ -21,7 +21,7 @@ from lora_drop_export.targets.trt.lower import trt_from_neutral
 from lora_drop_export.targets.trt.target import static_slots
 from plugins.kernels.binding import load_library
 from tests.support import oracle
-from tests.support.bundles import PROMPTS, family, make_bundle, oracle_plan, traced_family
+from tests.support.bundles import PROMPTS, family, make_bundle, more_family, oracle_plan, traced_family
 from tests.support.kernel_build import host_kernels
 from tests.support.models import gemma3
 from tests.support.plugin_ops import plugin_ops
@@ -51,6 +51,10 @@ def attention_op(library: ctypes.CDLL) -> type[OpRun]:
 
 
 HALVES = {"drop_layers": ("3.attn", "4.mlp", "5")}
+SOURCES = {
+    "gemma3": lambda: traced_family("gemma3", gemma3(), "float32"),
+    "gpt_oss": lambda: more_family("gpt_oss"),
+}
 SECOND_OF_TWO = {"drop_layers": ("1",), "always_first": 0, "always_last": 0}
 
 
@@ -61,10 +65,11 @@ SECOND_OF_TWO = {"drop_layers": ("1",), "always_first": 0, "always_last": 0}
         ("qwen3", {}),
         ("gemma2", {}),
         ("gemma3", SECOND_OF_TWO),
+        ("gpt_oss", SECOND_OF_TWO),
         ("llama", HALVES),
         ("qwen3", {"policy": "fill", **HALVES}),
     ],
-    ids=["llama", "qwen3", "gemma2", "gemma3", "halves", "fill"],
+    ids=["llama", "qwen3", "gemma2", "gemma3", "gpt_oss", "halves", "fill"],
 )
 def test_plugin_graph_decodes_like_the_oracle(name, options, kernel, tmp_path):
     """A ragged prefill and two cycles: RoPE, norms of q and k, softcap and windows inside the plugin.
@@ -72,7 +77,7 @@ def test_plugin_graph_decodes_like_the_oracle(name, options, kernel, tmp_path):
     What a LoRA step writes under `fill` has no attention: a plain TensorScatter stands beside the plugin's nodes.
     """
     options = {"targets": ("none",), "k": K, "max_seq_len": 24, "max_prompt_len": 8, **options}
-    source = traced_family(name, gemma3(), "float32") if name == "gemma3" else family(name)
+    source = SOURCES[name]() if name in SOURCES else family(name)
     bundle = make_bundle(source, tmp_path / "b", **options)
     plan, model = bundle.manifest.plan, bundle.manifest.model
     slots = static_slots(plan, bundle.manifest.limits)

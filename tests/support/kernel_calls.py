@@ -51,6 +51,7 @@ def make_arrays(case: Case) -> Arrays:
         "k_norm": None,
         "k_scale": None,
         "v_scale": None,
+        "sinks": None,
         "length": np.array(case.lengths, np.int64),
         "count": None if case.counts is None else np.array(case.counts, np.int64),
         "output": np.full((batch, new, case.heads * case.head_dim), np.nan, dtype),
@@ -71,6 +72,8 @@ def make_arrays(case: Case) -> Arrays:
         unit = 0.02 if case.cache_dtype == "i8" else 0.006
         arrays["k_scale"] = (unit * rng.uniform(0.7, 1.3, case.kv_heads)).astype(np.float32)
         arrays["v_scale"] = (unit * rng.uniform(0.7, 1.3, case.kv_heads)).astype(np.float32)
+    if case.sinks:
+        arrays["sinks"] = rng.normal(1.0, 2.0, case.heads).astype(np.float32)
     for name in ("key", "value"):
         cache = rng.normal(size=(batch, case.kv_heads, case.slots, case.head_dim)).astype(np.float32)
         cache = quantize(cache, arrays[f"{name[0]}_scale"], cache_dtype)

@@ -25,6 +25,7 @@ class Case:
     window: int = 0
     softcap: float = 0.0
     norm: bool = False
+    sinks: bool = False
     dtype: str = "f32"
     kv_dtype: str | None = None  # None: dtype
     holes: int = 0  # positions run this far ahead of slots
@@ -78,6 +79,8 @@ CASES = [
     Case("window_in_prefill", window=20, new_tokens=40, lengths=(37, 0), counts=(40, 33)),
     Case("window_and_splits", window=200, lengths=(900, 10), new_tokens=4, multiprocessors=300),
     Case("softcap", softcap=3.0, new_tokens=2),
+    Case("sinks", sinks=True, lengths=(37, 0, 130), counts=(1, 0, 1)),
+    Case("sinks_and_splits", sinks=True, lengths=(513, 0, 64), multiprocessors=500, new_tokens=2, counts=(2, 0, 2)),
     Case("norm", norm=True, new_tokens=3, dtype="bf16"),
     Case("norm_in_prefill", norm=True, new_tokens=18, head_dim=96),
     Case("norm_without_rope", norm=True, rotary_dim=0),
@@ -105,11 +108,14 @@ CASES = [
     Case("tensor_window_and_parts", window=200, lengths=(900, 10), new_tokens=4, dtype="f16", multiprocessors=300),
     Case("tensor_softcap_and_norm", softcap=3.0, norm=True, interleaved=True, new_tokens=19, dtype="f16", holes=9,
          lengths=(30, 3)),
+    Case("tensor_sinks", sinks=True, heads=16, dtype="f16", lengths=(64, 0), new_tokens=20, counts=(20, 3)),
+    Case("tensor_sinks_and_parts", sinks=True, window=200, lengths=(900, 10), new_tokens=4, dtype="bf16",
+         multiprocessors=300),
     Case("tensor_i8", dtype="bf16", kv_dtype="i8", new_tokens=33, lengths=(40,), head_dim=96),
     Case("tensor_parts_of_a_prompt", lengths=(300, 0), new_tokens=40, counts=(40, 0), multiprocessors=500, dtype="f16"),
     Case("ragged", lengths=(700, 3, 0, 65, 128, 11), counts=(1, 1, 0, 1, 1, 1), multiprocessors=5),
     Case("everything", dtype="bf16", kv_dtype="f8", heads=12, kv_heads=2, head_dim=128, rotary_dim=64, norm=True,
-         softcap=20.0, window=150, new_tokens=5, counts=(5, 0, 3, 1), lengths=(400, 9, 0, 149), holes=11,
+         sinks=True, softcap=20.0, window=150, new_tokens=5, counts=(5, 0, 3, 1), lengths=(400, 9, 0, 149), holes=11,
          multiprocessors=200),
 ]  # fmt: skip
 

@@ -99,9 +99,11 @@ def attention(case: Case, arrays: Arrays, caches: Arrays) -> tuple[np.ndarray, n
                 score = keys @ head * score_scale(case)
                 if case.softcap:
                     score = case.softcap * np.tanh(score / case.softcap)
-                weight = np.exp(score - score.max())
-                output[b, s, n] = weight @ values / weight.sum()
-                absolute[b, s, n] = weight @ np.abs(values) / weight.sum()
+                sink = [] if arrays["sinks"] is None else [float(arrays["sinks"][n])]
+                weight = np.exp(np.concatenate([score, sink]) - score.max())
+                total, weight = weight.sum(), weight[: len(score)]
+                output[b, s, n] = weight @ values / total
+                absolute[b, s, n] = weight @ np.abs(values) / total
     shape = (batch, case.new_tokens, -1)
     return output.reshape(shape), absolute.reshape(shape)
 

@@ -27,6 +27,7 @@ OPTIONAL = {
     "rotary_dim": ("cos", "sin"),
     "has_norm": ("q_norm", "k_norm"),
     "has_kv_scale": ("k_scale", "v_scale"),
+    "has_sinks": ("sinks",),
 }
 HOST_MULTIPROCESSORS = 2
 

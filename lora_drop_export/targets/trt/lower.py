@@ -109,6 +109,17 @@ def _let_plugin_round(graph: ir.Graph) -> None:
             node.replace_input_with(place, scale)
 
 
+def _give_sinks(graph: ir.Graph, node: ir.Node, sinks: ir.Value) -> None:
+    """Case 6: an Attention node has its sinks at the end, float32 [N], as no standard one has."""
+    if sinks.dtype != ir.DataType.FLOAT:
+        cast = ir.node("Cast", [sinks], {"to": int(ir.DataType.FLOAT)})
+        graph.insert_before(node, cast)
+        cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), sinks.shape
+        sinks = cast.outputs[0]
+    node.resize_inputs(len(node.inputs) + 1)
+    node.replace_input_with(len(node.inputs) - 1, sinks)
+
+
 def _expand_attention(graph: ir.Graph, node: ir.Node, sinks: ir.Value | None) -> None:
     # Case 5
     query, key, value, mask = node.inputs
@@ -182,11 +193,14 @@ def trt_from_neutral(
         look_up_packed(graph)
         RemoveUnusedNodesPass()(model)  # and with them the weights that were fused
         weights = weights_as_inputs(graph, table)
+    sinks = take_sinks(graph)
     windows = {node.outputs[0].name or "": mask_window(node) for node in graph if node.op_type == "Attention"}
     if form == "native":
-        sinks = take_sinks(graph)
         for node in [n for n in graph if n.op_type == "Attention" and ("softcap" in n.attributes or n in sinks)]:
             _expand_attention(graph, node, sinks.get(node))
+    else:
+        for node, each in sinks.items():
+            _give_sinks(graph, node, each)
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
     proto = ir.serde.serialize_model(model)

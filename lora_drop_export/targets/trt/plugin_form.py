@@ -79,7 +79,16 @@ def _as_rows(graph: gs.Graph, tensor: gs.Tensor, width: int) -> gs.Tensor:
 
 
 def _attributes(
-    node: gs.Node, heads: int, kv_heads: int, head_dim: int, window: int, is_refresh: bool, scaled: bool, alias: bool
+    node: gs.Node,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int,
+    *,
+    is_refresh: bool,
+    scaled: bool,
+    sinks: bool,
+    alias: bool,
 ) -> dict[str, Any]:
     """Of a plugin node that neither rotates nor norms."""
     return {
@@ -94,6 +103,7 @@ def _attributes(
         "has_count": int(is_refresh),
         "has_norm": 0,
         "has_kv_scale": int(scaled),
+        "has_sinks": int(sinks),
         "scale": float(node.attrs["scale"]),
         "softcap": float(node.attrs.get("softcap", 0.0)),
         "norm_epsilon": 0.0,
@@ -120,12 +130,21 @@ def plugin_from_native(proto: onnx.ModelProto, windows: dict[str, int], alias: b
     is_refresh = "logits_index" in inputs
     count = _count(graph, inputs["logits_index"]) if is_refresh else None
     for node in [n for n in graph.nodes if n.op == "Attention"]:
-        query, present_key, present_value, _, *scales = node.inputs
+        query, present_key, present_value, _, *more = node.inputs  # scales of caches, two, and sinks
+        scales, sinks = more[: len(more) // 2 * 2], more[len(more) // 2 * 2 :]
         writes = [present_key.inputs[0], present_value.inputs[0]]
         (past_key, key, length), (past_value, value, _) = writes[0].inputs, writes[1].inputs
         heads, head_dim, kv_heads = query.shape[1], query.shape[3], past_key.shape[1]
         attrs = _attributes(
-            node, heads, kv_heads, head_dim, windows[node.outputs[0].name], is_refresh, bool(scales), alias
+            node,
+            heads,
+            kv_heads,
+            head_dim,
+            windows[node.outputs[0].name],
+            is_refresh=is_refresh,
+            scaled=bool(scales),
+            sinks=bool(sinks),
+            alias=alias,
         )
         extra = [] if count is None else [count]
         q, k, v = (_head_source(t) for t in (query, key, value))
@@ -151,7 +170,7 @@ def plugin_from_native(proto: onnx.ModelProto, windows: dict[str, int], alias: b
                 name=f"{PLUGIN_OP}.{present_key.name.removeprefix('present_key.')}",
                 domain=PLUGIN_NAMESPACE,
                 attrs=attrs,
-                inputs=[*rows, past_key, past_value, length, *extra, *scales],
+                inputs=[*rows, past_key, past_value, length, *extra, *scales, *sinks],
                 outputs=[merged, present_key, present_value],
             )
         )

@@ -91,19 +91,6 @@ def _check_scales(neutral: Any, target: str) -> None:
             )
 
 
-def check_sinks(neutral: Any, target: str) -> None:
-    """Refuse attention sinks, which the plugin does not know."""
-    from lora_drop_export.graphs.sinks import sinks_of
-
-    names = sinks_of(neutral)
-    if names:
-        raise InputError(
-            "The attention plugin knows no attention sinks.",
-            note=f"The model has {names[0]}; {target} was asked for with --attention plugin, its default.",
-            hint="Use --attention native.",
-        )
-
-
 def _check_named(options: TrtOptions, targets: Sequence[str]) -> None:
     """Refuse options that none of the targets has."""
     if options.builder.alias and not ("tensorrt" in targets and options.attention in (None, "plugin")):
@@ -278,8 +265,6 @@ class TrtTarget:
         from .profiles import LEAST_VERIFIED, lora_profiles, refresh_profiles
 
         _check_scales(graphs[StepKind.REFRESH], self.name)
-        if self.form(options) == "plugin":
-            check_sinks(graphs[StepKind.REFRESH], self.name)
         if manifest.model.expert_bytes:
             console.say(f"{self.name}: each step computes all experts of a layer, and not the chosen ones alone")
         plan, limits = manifest.plan, manifest.limits

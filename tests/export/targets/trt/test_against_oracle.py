@@ -13,11 +13,9 @@ import pytest
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.ort.engine import OrtEngine
-from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from lora_drop_export.targets.trt.build import EngineBuilder
-from lora_drop_export.targets.trt.target import check_sinks
 from tests.export.test_against_oracle import assert_same_run
 from tests.support.bundles import PROMPTS, family, make_bundle, more_family, oracle_plan, save_adapters
 from tests.support.models import FAMILIES
@@ -111,16 +109,13 @@ def test_a_change_as_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_attention_sinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parser takes what stands for them, and all experts of a mixture; the plugin, which has no place for them,
-    refuses them."""
+    """The parser takes what stands for them, and all experts of a mixture."""
     monkeypatch.setattr(EngineBuilder, "build", parse_alone)
     source = more_family("gpt_oss")
     options = OPTIONS | {"surrogate": "residual", "drop_layers": (1,)}
     bundle = make_bundle(source, tmp_path / "b", always_first=1, always_last=0, **options)
     with Session(bundle, OrtEngine(bundle, "tensorrt-rtx", threads=1), PeriodicSchedule(2)) as session:
         assert_same_run(session, source.model, oracle_plan(bundle), PROMPTS, 2)
-    with pytest.raises(InputError, match=r"model\.layers\.0\.self_attn\.sinks; tensorrt was asked for"):
-        check_sinks(onnx.load(bundle.root / "refresh.onnx", load_external_data=False), "tensorrt")
 
 
 def test_keys_and_values_without_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -776,6 +776,6 @@ def test_a_missing_library_is_named(tmp_path):
     arguments = ["--model", "x", "--out", str(tmp_path / "b"), "--target", RTX]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "pip install tensorrt-rtx" in done.stderr
+    assert "pip install 'lora-drop-export[tensorrt-rtx]'" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
