@@ -57,13 +57,24 @@ def test_a_reply_of_chat(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "interrupted" not in capsys.readouterr().err
 
 
-def test_chat_between_replies(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("key", "code"), [(KeyboardInterrupt, 130), (EOFError, 0)], ids=["Ctrl-C", "Ctrl-D"])
+def test_chat_between_replies(
+    key: type[BaseException],
+    code: int,
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What comes next, such as the shell's prompt, begins a line."""
+
     def pressed(prompt: str) -> str:
-        raise KeyboardInterrupt
+        print(prompt, end="")
+        raise key
 
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("builtins.input", pressed)
-    assert main(["chat", str(bundle), "--threads", "1"]) == 130
+    assert main(["chat", str(bundle), "--threads", "1"]) == code
+    assert capsys.readouterr().out == "> \n"
 
 
 @pytest.mark.parametrize("typed", [True, False])

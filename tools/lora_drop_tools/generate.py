@@ -22,7 +22,15 @@ import numpy.typing as npt
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Limits
-from lora_drop_runtime.command_line import check_known, check_options, check_text, forget_signals, option, refuse_unused
+from lora_drop_runtime.command_line import (
+    check_known,
+    check_options,
+    check_text,
+    forget_signals,
+    option,
+    refuse_unused,
+    tell,
+)
 from lora_drop_runtime.decoding.checks import check_request
 from lora_drop_runtime.decoding.constraint import Constraint
 from lora_drop_runtime.decoding.prompts import padded
@@ -284,8 +292,12 @@ def _questions() -> Iterator[str]:
     while True:
         try:
             line = input("> ") if sys.stdin.isatty() else _piped_question()
-        except EOFError:
-            return
+        except (EOFError, KeyboardInterrupt) as end:
+            if sys.stdin.isatty():
+                tell("", sys.stdout)  # what comes next would stand behind the question
+            if isinstance(end, EOFError):
+                return
+            raise
         except UnicodeDecodeError as error:
             unreadable = InputError(
                 "What was typed is not UTF-8.",
