@@ -115,6 +115,7 @@ def test_the_threshold_reaches_what_was_wanted(own: Path, text: Path, most: tupl
         assert recomputed(own, windows, lambda logits: margin(logits) >= stored.threshold) == pytest.approx(expected)
         assert tokens == 2 * 31
     assert found.periodic[0].agreement == pytest.approx(periodic)
+    assert found.most is not None
     assert (found.most.agreement, found.most.refresh_share) == pytest.approx(most)
     assert found.periodic[0].refresh_share < stored.refresh_share <= most[1]
     assert f"margin: the threshold {stored.threshold:.4g} is stored in the bundle" in out.getvalue()
@@ -268,6 +269,7 @@ def test_not_needed_and_out_of_reach(own: Path, text: Path) -> None:
         assert found.stored is None
         assert words in out.getvalue()
         assert "nothing is stored" in out.getvalue()
+        assert ("at most" in out.getvalue()) == (words == "out of reach")  # of what was not searched nothing is known
     assert (own / MANIFEST_NAME).read_bytes() == before
 
 

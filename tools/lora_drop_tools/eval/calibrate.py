@@ -59,7 +59,8 @@ class Calibrated:
     Attributes:
         name: of the adaptive schedule.
         periodic: the periodic schedule of the same k, on the text that was searched, and on the other.
-        most: the most that the schedule reaches, every LoRA step being followed by a refresh.
+        most: the most that the schedule reaches, every LoRA step being followed by a refresh. None where the periodic
+            schedule reaches what is wanted: nothing was searched.
         stored: what the manifest got; None where the periodic schedule reaches what is wanted, or `most` does not.
         alike: a window k and what the periodic schedule of about as many refreshes reaches on the other text.
     """
@@ -69,7 +70,7 @@ class Calibrated:
     policy: str
     wanted: float
     periodic: tuple[Reached, Reached]
-    most: Reached
+    most: Reached | None
     stored: Calibration | None
     alike: tuple[int, Reached] | None
 
@@ -138,7 +139,7 @@ def _calibrated(texts: tuple[_Text, _Text], name: str, k: int, policy: str, want
     periodic = searched.reached(k, lambda seen: values.append(getattr(LastLogits(1, lambda: seen), name)))
     both = periodic, held_out.reached(k)
     if periodic.agreement >= wanted:
-        return Calibrated(name, k, policy, wanted, both, periodic, None, None)
+        return Calibrated(name, k, policy, wanted, both, None, None, None)
     most, found = _search(searched, name, k, wanted, values)
     if found is None:
         return Calibrated(name, k, policy, wanted, both, most, None, None)
@@ -192,7 +193,7 @@ def _line(name: str, threshold: str, on: Reached | None, other: Reached | None) 
 def _verdict(one: Calibrated) -> str:
     if one.stored is not None:
         return f"{one.name}: the threshold {one.stored.threshold:.4g} is stored in the bundle"
-    if one.periodic[0].agreement >= one.wanted:
+    if one.most is None:
         return (
             f"{one.name}: not needed, the periodic schedule of k = {one.k} agrees on "
             f"{one.periodic[0].agreement:.1%} already; nothing is stored"
@@ -210,7 +211,8 @@ def describe(results: Sequence[Calibrated]) -> list[str]:
     cells = [_line(f"periodic, k = {first.k}", "–", *first.periodic)]
     for one in results:
         if one.stored is None:
-            cells.append(_line(f"{one.name}, k = {one.k}, at most", "–", one.most, None))
+            if one.most is not None:
+                cells.append(_line(f"{one.name}, k = {one.k}, at most", "–", one.most, None))
             continue
         stored = one.stored
         on = Reached(stored.agreement, stored.refresh_share, stored.tokens)
