@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 _WIDTH = 2  # so that columns in turns are not halves
+_NEAR, _ENDLESS = 8.0, 1e30  # values tried where alpha and what is added tell; a limit that is none
 _found: WeakKeyDictionary[Any, Gate | None] = WeakKeyDictionary()  # by module: while one is traced nothing can be tried
 
 
@@ -39,10 +40,10 @@ def _tried(experts: Any) -> Gate | None:
     import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    limits = [*_numbers(experts, "limit", "swiglu_limit"), 0.0]
+    limits = [limit for limit in _numbers(experts, "limit", "swiglu_limit") if limit < _ENDLESS] + [0.0]
     with unset_fake_temporarily(), torch.device("cpu"):
-        far = 1.5 * max(*limits, 8.0)
-        values = torch.linspace(-far, far, 16, dtype=torch.float32)
+        ends = _NEAR, 1.5 * max(*limits, _NEAR)
+        values = torch.cat([torch.linspace(-end, end, 12, dtype=torch.float32) for end in ends])
         gate, up = torch.cartesian_prod(values, values).T.reshape(2, -1, _WIDTH)
         both = torch.stack([gate, up], dim=-1 if not getattr(experts, "is_concatenated", True) else 1)
         try:
@@ -53,7 +54,7 @@ def _tried(experts: Any) -> Gate | None:
         for numbers in itertools.product(alphas, (0.0, 1.0), limits):
             one = Gate(*numbers)
             wanted = one(gate, up)
-            if found.shape == wanted.shape and torch.allclose(found.float(), wanted, rtol=1e-5, atol=1e-5):
+            if found.shape == wanted.shape and torch.allclose(found.float(), wanted, rtol=1e-5, atol=1e-30):
                 return one
     return None
 
