@@ -40,7 +40,7 @@ def _tried(experts: Any) -> Gate | None:
     import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    limits = [limit for limit in _numbers(experts, "limit", "swiglu_limit") if limit < _ENDLESS] + [0.0]
+    limits = [limit for limit in _numbers(experts, "limit", "swiglu_limit") if 0 < limit < _ENDLESS] + [0.0]
     with unset_fake_temporarily(), torch.device("cpu"):
         ends = _NEAR, 1.5 * max(*limits, _NEAR)
         values = torch.cat([torch.linspace(-end, end, 12, dtype=torch.float32) for end in ends])

@@ -39,3 +39,8 @@ class ClampedBehind(GptOssExperts):
 @pytest.mark.parametrize("limit", [1e-4, 0.6, 7.0])
 def test_a_limit_behind_the_silu_is_another_formula(limit):
     assert gate_of(experts(ClampedBehind, swiglu_limit=limit)) is None
+
+
+def test_a_negative_limit_is_another_formula():
+    """ONNX Runtime's kernel ends the process there."""
+    assert gate_of(experts(swiglu_limit=-1.0)) is None
