@@ -280,7 +280,7 @@ def read_gguf(path: Path, reader: Any, model: Any, log: Callable[[str], None]) -
         log: is told of what the model's layers have no place for, such as biases that its config does not tell of.
 
     Raises:
-        ModelError: weights have scales beside them.
+        ModelError: weights have scales beside them, or biases of gate and up differ in shape.
         Exception: whatever transformers or gguf stumble over in a damaged file.
     """
     from transformers.modeling_gguf_pytorch_utils import (
@@ -339,8 +339,15 @@ def read_gguf(path: Path, reader: Any, model: Any, log: Callable[[str], None]) -
     for gate in [name for name in tensors if name.endswith(".gate_proj_bias")]:
         mixture = gate.removesuffix(".gate_proj_bias")
         both, up = f"{mixture}.{GATE_UP}_bias", tensors.pop(f"{mixture}.up_proj_bias", None)
-        if up is not None:
-            tensors[both] = BiasesInTurns(both, (tensors.pop(gate), up))
+        if up is None:
+            continue
+        if tensors[gate].shape != up.shape:
+            raise ModelError(
+                "The GGUF file's experts have biases of other shapes for gate and up.",
+                note=f"{gate} is {tensors[gate].shape}, and {up.name} is {up.shape}.",
+                hint=_CONVERT_AGAIN,
+            )
+        tensors[both] = BiasesInTurns(both, (tensors.pop(gate), up))
     if left:
         more = f" and {len(left) - 1} more" if left[1:] else ""
         log(f"warning: transformers' model has no place for {left[0]}{more} of the file: they are left out")

@@ -307,3 +307,12 @@ def test_gpt_oss(tmp_path):
     assert np.array_equal(both[:, ::2], gate)
     assert np.array_equal(both[:, 1::2], up)
     assert np.array_equal(found[f"{prefix}.mlp.experts.down_proj_bias"], down)
+
+    one = next(n for n, (name, _, _) in enumerate(tensors) if name == "blk.1.ffn_up_exps.bias")
+    tensors[one] = (tensors[one][0], (experts, inner - 1), kinds.F32)
+    write(path, "gpt-oss", fields, tensors, seed=8)
+    with pytest.raises(ModelError) as error:
+        open_checkpoint(str(path), tmp_path / "scratch", log=lambda _: None)
+    assert error.value.note == (
+        "model.layers.1.mlp.experts.gate_proj_bias is (3, 64), and model.layers.1.mlp.experts.up_proj_bias is (3, 63)."
+    )
