@@ -80,6 +80,13 @@ def _refuse_experts(experts: Any, config: Any) -> None:
     ):
         if other:
             raise unsupported(feature, config)
+    chosen, count = getattr(config, "num_experts_per_tok", None), experts.gate_up_proj.shape[0]
+    if isinstance(chosen, int) and chosen > count:
+        raise ModelError(
+            "The model's config cannot be used.",
+            note=f"Its routers send a token to {chosen} experts; there are {count}.",
+            hint="Check config.json.",
+        )
 
 
 def refuse_by_modules(model: Any, layers: Any) -> None:
