@@ -120,7 +120,7 @@ def mxfp4_tensors(model_type: str, tensors: Mapping[str, TensorSource]) -> dict[
 
     Raises:
         ModelError: it is of another family, whose rows would lie otherwise; a part of a weight is missing or does not
-            fit, or there is none.
+            fit, there is none, or a weight is there in float, too.
     """
     if model_type not in TURNED:
         raise refusal(f"{METHOD} in a model of type {model_type!r:.80}")
@@ -133,6 +133,12 @@ def mxfp4_tensors(model_type: str, tensors: Mapping[str, TensorSource]) -> dict[
         )
     found = {full: tensor for full, tensor in tensors.items() if not full.endswith(_PARTS)}
     for name in sorted(names):
+        if name in found:
+            raise ModelError(
+                "The checkpoint holds the matrices of experts twice.",
+                note=f"{name} and {name}{_PARTS[0]} are the same ones.",
+                hint=CHECKPOINT_HINT,
+            )
         weight = _checked(name, *(tensors.get(f"{name}{part}") for part in _PARTS))
         found[weight.name] = weight
     return found

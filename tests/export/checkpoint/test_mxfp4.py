@@ -97,6 +97,10 @@ def _few_scales(tensors):
     tensors[f"{PREFIX}.down_proj_scales"] = tensors[f"{PREFIX}.down_proj_scales"][:, :, :2].contiguous()
 
 
+def _in_float_too(tensors):
+    tensors[f"{PREFIX}.down_proj"] = torch.zeros(4, 96, 64)
+
+
 def _signed(tensors):
     tensors[f"{PREFIX}.down_proj_blocks"] = tensors[f"{PREFIX}.down_proj_blocks"].view(torch.int8)
 
@@ -108,6 +112,7 @@ def _signed(tensors):
         (_no_scales, gpt_oss, "down_proj_blocks is uint8 [4, 64, 3, 16], and model.layers.1.mlp.experts.down_proj_sc"),
         (_no_blocks, gpt_oss, "says mxfp4, and no tensor is called *_blocks"),
         (_few_scales, gpt_oss, "_scales uint8 [4, 64, 2]; needed are"),
+        (_in_float_too, gpt_oss, "down_proj and model.layers.1.mlp.experts.down_proj_blocks are the same ones"),
         (_signed, gpt_oss, "down_proj_blocks is I8 [4, 64, 3, 16]"),
         (None, qwen2_moe, "It has mxfp4 in a model of type 'qwen2_moe'"),
     ],
