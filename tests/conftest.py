@@ -79,6 +79,13 @@ LONG = (
     "tests/runtime/engines/openvino/test_formats.py",
     "tests/export/array/test_array_0.py",
     "tests/export/array/test_array_2.py",
+    "tests/export/check/test_gptq.py",
+    "tests/export/test_experts.py",
+    "tests/tools/test_streams.py",
+    "tests/serve/test_faults.py",
+    "tests/serve/test_command.py",
+    "tests/tools/eval/tasks/test_program.py",
+    "tests/export/compiler/test_atomic.py",
 )
 
 

@@ -69,14 +69,18 @@ def is_of_experts(module: Any) -> bool:
 
 def _refuse_experts(experts: Any, config: Any) -> None:
     """Experts of another formula than that of experts.py, or whose matrices lie in no form that is known."""
+    from transformers.integrations import moe
+
     turned = config.model_type in TURNED
+    usual = getattr(type(experts), "_apply_gate", None) is moe._default_apply_gate
+    joined = "experts with another activation than SiLU" if usual else "experts with a gate of their own"
     for other, feature in (
         (not experts.has_gate, "experts without a gate"),
         (experts.has_bias and not turned, "experts with biases"),
         (experts.is_transposed and not turned, "experts whose matrices are transposed"),
         (not getattr(experts, "is_concatenated", True) and not turned, "experts whose gate and up lie in turns"),
         (getattr(experts, "has_post_expert_norm", False), "experts whose outputs are normed"),
-        (experts.has_gate and gate_of(experts) is None, "experts with a gate of their own, or no SiLU"),
+        (experts.has_gate and gate_of(experts) is None, joined),
     ):
         if other:
             raise unsupported(feature, config)

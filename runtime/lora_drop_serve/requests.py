@@ -97,6 +97,8 @@ CHANGES_NOTHING: dict[str, Sequence[Any]] = {
 def _describe_the_rest(schema: dict[str, Any]) -> None:
     """Add what is taken though it changes nothing to the description of a request."""
     for name, values in CHANGES_NOTHING.items():
+        if name in schema["properties"]:
+            continue
         said = {} if values is _ANY else {"enum": list(values)}
         schema["properties"][name] = {**said, "description": "Changes nothing."}
 
@@ -212,7 +214,7 @@ class _Request(_Model):
         if not isinstance(data, dict):
             return data
         kept = dict(_few_fields(data))
-        for name in CHANGES_NOTHING.keys() & data.keys():
+        for name in CHANGES_NOTHING.keys() & data.keys() - cls.model_fields.keys():
             known, value = CHANGES_NOTHING[name], kept[name]
             same = any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in known)
             if known is not _ANY and not same:
@@ -435,6 +437,7 @@ class ChatRequest(_Request):
     tools: Annotated[Items[dict[str, Any]], Field(max_length=MOST_TOOLS), AfterValidator(_utf8_json)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_few_fields), AfterValidator(_utf8_json)] | None = (
         None
     )

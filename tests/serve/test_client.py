@@ -447,6 +447,21 @@ def test_variables_of_the_chat_template(bundle: Bundle, tmp_path: Path) -> None:
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, "chat_template_kwargs")
 
 
+def test_how_much_to_reason(bundle: Bundle, served: Served, tmp_path: Path) -> None:
+    """A variable of the template, where it knows it."""
+    root = shutil.copytree(bundle.root, tmp_path / "b")
+    word_tokenizer(root, TEMPLATE + "{% if reasoning_effort == 'high' %}t7 t9{% endif %}")
+    asked: Any = {"messages": [{"role": "user", "content": "t3 t14"}], "max_tokens": 1}
+    with serving(Batch.open(root, slots=1, threads=1), TextCodec.open(root / "tokenizer")) as server:
+        for effort, tokens in ((None, 2), ("none", 2), ("low", 2), ("high", 4)):
+            answer = server.http.post("/v1/chat/completions", json=asked | {"reasoning_effort": effort})
+            assert answer.json()["usage"]["prompt_tokens"] == tokens
+    for effort, status in (("none", 200), ("low", 400), ("some", 400)):
+        answer = served.http.post("/v1/chat/completions", json=asked | {"reasoning_effort": effort})
+        assert answer.status_code == status
+        assert status == 200 or answer.json()["error"]["param"] == "reasoning_effort"
+
+
 def test_reasoning_stands_apart(bundle: Bundle, tmp_path: Path) -> None:
     """Of a template that begins it; a completion has none."""
     root = shutil.copytree(bundle.root, tmp_path / "b")
