@@ -45,7 +45,8 @@ def _tried(experts: Any) -> Gate | None:
         ends = _NEAR, 1.5 * max(*limits, _NEAR)
         values = torch.cat([torch.linspace(-end, end, 12, dtype=torch.float32) for end in ends])
         gate, up = torch.cartesian_prod(values, values).T.reshape(2, -1, _WIDTH)
-        both = torch.stack([gate, up], dim=-1 if not getattr(experts, "is_concatenated", True) else 1)
+        apart = getattr(experts, "is_concatenated", not experts.is_transposed)  # older ones do not say
+        both = torch.stack([gate, up], dim=1 if apart else -1)
         try:
             found = experts._apply_gate(both.flatten(1))
         except Exception:  # of whatever shape and kind the family's own code is

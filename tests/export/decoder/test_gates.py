@@ -44,3 +44,12 @@ def test_a_limit_behind_the_silu_is_another_formula(limit):
 def test_a_negative_limit_is_another_formula():
     """ONNX Runtime's kernel ends the process there."""
     assert gate_of(experts(swiglu_limit=-1.0)) is None
+
+
+def test_modules_of_an_older_transformers():
+    """Of 5.6, which does not say that gate and up lie in turns."""
+    module = experts()
+    del module.is_concatenated
+    gate = gate_of(module)
+    assert gate is not None
+    assert (gate.alpha, gate.added, gate.limit) == (1.702, 1.0, 7.0)
