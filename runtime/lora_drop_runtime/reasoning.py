@@ -10,6 +10,7 @@ Enters: a chat template; the text of an answer as it grows. Leaves: reasoning an
 
 from __future__ import annotations
 
+import copy
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,6 +85,12 @@ class ReasoningStream:
         self._held = ""  # may begin a mark, or be white space at an end
         self._header = ""
         self._before: dict[str, str | None] = {_REASONING: "", _CONTENT: ""}  # of what comes next; None within a text
+
+    def fork(self) -> ReasoningStream:
+        """One that goes on from here by itself."""
+        new = copy.copy(self)
+        new._before = dict(self._before)
+        return new
 
     @property
     def reasons(self) -> bool:

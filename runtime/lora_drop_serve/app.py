@@ -563,7 +563,7 @@ class Service:
         _record(request).runs(answer, job)
 
         async def begin() -> None:
-            await job.begin(await self._constraint(body, calls, job))
+            await job.begin(await self._constraint(body, calls, thoughts, job))
 
         try:
             return await self._told(answer, job, begin, bool(body.stream), request)
@@ -577,7 +577,7 @@ class Service:
         return Grammars(self._codec, manifest.model.vocab_size, manifest.special_tokens.eos)
 
     async def _constraint(
-        self, body: CompletionRequest | ChatRequest, calls: Calls | None, job: Job
+        self, body: CompletionRequest | ChatRequest, calls: Calls | None, thoughts: Thoughts | None, job: Job
     ) -> Constraint | None:
         """What the rows may write. To find it out may take seconds, so that few are at it at once."""
         schema = body.json_schema
@@ -586,7 +586,7 @@ class Service:
 
         def compiled() -> Constraint | None:
             if calls is not None:
-                return calls.constraint(self._grammars)
+                return calls.constraint(self._grammars, thoughts)
             assert schema is not None
             return self._grammars.json_schema(schema)
 

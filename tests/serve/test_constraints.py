@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from lora_drop_runtime.text import TextCodec
 from lora_drop_serve.app import MOST_COMPILING
 from pydantic import BaseModel
 
-from tests.support.bundles import make_bundle
+from tests.support.bundles import make_bundle, record_again
 from tests.support.serving import Served, await_that, serving, word_bundle
 from tests.support.tokenizers import END, byte_tokenizer
 
@@ -213,6 +214,19 @@ def test_a_text_of_a_special_token_that_a_schema_demands_is_written(client: open
         done = client.chat.completions.create(**asked(bundle, **demanded), stream=streams)
         found = joined(done) if streams else said(done.choices[0])
         assert found == {"content": f'"a{END}"', "calls": [], "finish": "stop"}
+
+
+def test_a_mark_in_the_reasoning_begins_no_call(bundle: Bundle, tmp_path: Path) -> None:
+    """The prompt begins the reasoning, and the model writes nothing but the mark of a call if it may."""
+    root = shutil.copytree(bundle.root, tmp_path / "b")
+    (root / "tokenizer/chat_template.jinja").write_text(TEMPLATE + "<think>")
+    record_again(root)
+    codec = TextCodec.open(root / "tokenizer")
+    (mark,) = codec.encode("<tool_call>").tolist()
+    body = {"messages": HI, "tools": TOOLS, "parallel_tool_calls": False, "max_tokens": 3, "logit_bias": {mark: 100}}
+    with serving(Batch.open(root, slots=1, threads=1), codec) as server:
+        (choice,) = server.http.post("/v1/chat/completions", json=body).json()["choices"]
+        assert (choice["message"]["reasoning_content"], choice["finish_reason"]) == ("<tool_call>" * 3, "length")
 
 
 def test_with_none_there_are_no_calls(client: openai.OpenAI, bundle: Bundle) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.decoding.constraint import Constraint
+from lora_drop_runtime.reasoning import Thoughts
 
 from .call_styles import CallStyle
 from .grammar import GrammarConstraint, Grammars, checked_schema
@@ -45,6 +46,7 @@ class FreeUntilCall:
         kept: special tokens that are text; others may stand anywhere, as before Llama's calls.
         is_whole: a call is the whole text, beside white space. Of such, some tokenizers leave out a first space.
         goes_on: whether text and further calls may follow a section.
+        thoughts: reasoning that the text may begin with, in which no call begins.
     """
 
     def __init__(
@@ -56,9 +58,12 @@ class FreeUntilCall:
         *,
         is_whole: bool,
         goes_on: bool,
+        thoughts: Thoughts | None = None,
     ) -> None:
         self._body, self._grammars, self._goes_on = body, grammars, goes_on
-        self._begins, self._is_whole, self._kept = [begin.encode() for begin in begins], is_whole, kept
+        self._begins, self._is_whole = [begin.encode() for begin in begins], is_whole
+        self._kept = (*kept, *(() if thoughts is None else thoughts.style.marks))
+        self._thoughts = None if thoughts is None else thoughts.stream()
         self._call: GrammarConstraint | None = None
         self._text: bytes | None = b""  # the free text, or its end, which may begin a call; None where nothing can
         self._everything = np.ones(grammars.tokenizer.vocab_size, np.bool_)
@@ -78,8 +83,15 @@ class FreeUntilCall:
             if self._call.is_over and self._goes_on:
                 self._call = None
         elif self._text is not None and not self._grammars.codec.skips(token, self._kept):
-            text = self._text + self._grammars.tokenizer.decode_bytes([token])
+            text = self._text + self._behind_thoughts(self._grammars.tokenizer.decode_bytes([token]))
             self._text = self._begun_as_whole(text.lstrip()) if self._is_whole else self._begun_at_mark(text)
+
+    def _behind_thoughts(self, piece: bytes) -> bytes:
+        """What a piece adds to the text behind the reasoning."""
+        if self._thoughts is None:
+            return piece
+        _, content = self._thoughts.push(piece.decode("latin-1"))  # a character for each byte; marks are ASCII
+        return content.encode("latin-1")
 
     def _begun_at_mark(self, text: bytes) -> bytes:
         (mark,) = self._begins
@@ -98,6 +110,7 @@ class FreeUntilCall:
     def fork(self) -> FreeUntilCall:
         new = copy.copy(self)
         new._call = None if self._call is None else self._call.fork()
+        new._thoughts = None if self._thoughts is None else self._thoughts.fork()
         return new
 
 
@@ -206,8 +219,11 @@ class Calls:
         """Whether a text may stand before a call, or without one."""
         return self._choice == AUTO
 
-    def constraint(self, grammars: Grammars) -> Constraint:
+    def constraint(self, grammars: Grammars, thoughts: Thoughts | None = None) -> Constraint:
         """What a row may write.
+
+        Args:
+            thoughts: reasoning that a free text may begin with, which is not bound.
 
         Raises:
             InputError: a tool's schema cannot be followed.
@@ -223,7 +239,9 @@ class Calls:
         if not is_free:
             return body
         begins, goes_on = [style.begin] if style.begin else self._heads, several and style.after is not None
-        return FreeUntilCall(body, grammars, begins, style.marks, is_whole=not style.begin, goes_on=goes_on)
+        return FreeUntilCall(
+            body, grammars, begins, style.marks, is_whole=not style.begin, goes_on=goes_on, thoughts=thoughts
+        )
 
     def find(self, text: str) -> tuple[str, list[ToolCall]]:
         """What a finished text, which keeps the marks, says beside its calls, and the calls. One that is not at its end

@@ -14,6 +14,7 @@ from lora_drop_runtime.decoding.constraint import Constraint
 from lora_drop_runtime.grammars.calls import ToolCall
 from lora_drop_runtime.grammars.grammar import Grammars
 from lora_drop_runtime.grammars.tools import MOST_TOOLS, Tools
+from lora_drop_runtime.reasoning import THINK, Thoughts
 from lora_drop_runtime.text import TextCodec
 
 from tests.support.bundles import make_bundle
@@ -230,6 +231,23 @@ def test_other_choices_write_calls_alone(grammars: Grammars, style: str, choice:
 def test_a_single_call_ends_the_text(grammars: Grammars, style: str) -> None:
     constraint = constraint_of(grammars, style, "auto", parallel=False)
     assert accepts(grammars, constraint, f"I call {written(style, ('weather', ROME))}")
+    assert constraint.is_over
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("style", ["hermes", "llama", "nemo"])
+def test_reasoning_is_free(grammars: Grammars, style: str, inside: bool) -> None:
+    """It may name marks, and what it says is no call; behind it a call is bound."""
+    calls = Tools(TOOLS, parallel=False).calls(TEMPLATES[style])
+    assert calls is not None
+    constraint = calls.constraint(grammars, Thoughts(THINK, inside))
+    call = written(style, ("weather", ROME))
+    assert accepts(grammars, constraint, f"{'' if inside else '<think>'}{call} or {call[:11]}.")
+    assert constraint.allowed().all()
+    for other in (one for one in wrong(style) if "weather" in one):
+        rest = constraint.fork()
+        assert not (accepts(grammars, rest, f"</think>\n\n{other}") and rest.is_over), other
+    assert accepts(grammars, constraint, f" {call}\n</think>\n\n{call}")
     assert constraint.is_over
 
 
