@@ -132,10 +132,10 @@ class ReasoningStream:
         before, self._held = self._held[: places[mark]], self._held[places[mark] + len(mark) :]
         self._leave(found, before)
         self._state = marks[mark]
-        if mark == "<|message|>" and self._header.lstrip(_SPACE).startswith(_ANALYSIS):
-            self._state = _REASONING
-        if mark == "<|channel|>":
-            self._header = ""
+        if mark == "<|message|>":
+            if self._header.lstrip(_SPACE).startswith(_ANALYSIS):
+                self._state = _REASONING
+            self._header = ""  # the next message may have none
         return True
 
     def _may_begin(self, marks: Mapping[str, str]) -> bool:

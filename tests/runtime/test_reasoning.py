@@ -33,6 +33,7 @@ TEXTS = [
         "a\nc",
         "b\nd",
     ),
+    (CHANNELS, False, f"{ANALYSIS}a{NEXT}<|message|>b", "a", "b"),
     (CHANNELS, False, f"{ANALYSIS}<|channel", "<|channel", ""),
     (CHANNELS, False, "plain text <|end|>", "", "plain text <|end|>"),
     (CHANNELS, False, "<|channel|>fin", "", ""),
