@@ -122,4 +122,7 @@ def test_reasoning_is_shown_paler(bundle: Bundle, tmp_path: Path) -> None:
         assert set(thoughts) == {True, False}
         assert page.run("messages.length") == 2
         assert page.run("messages[1].reasoning_content.split(' ').length") == 3
+        page.run("at('clear').click(), at('tokens').value = 2, at('text').value = 't3 t14', at('go').click()")
+        page.await_that("document.querySelectorAll('footer').length === 1 && !running")
+        assert page.run("messages.map(message => message.content)") == ["t3 t14", ""]
         assert page.errors == []
