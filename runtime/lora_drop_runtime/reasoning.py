@@ -82,14 +82,15 @@ class ReasoningStream:
     def __init__(self, style: ReasoningStyle, *, inside: bool = False) -> None:
         self._ways = style.ways
         self._state = _REASONING if inside else _BEGIN
-        self._held = ""  # may begin a mark, or be white space at an end
+        self._held = ""  # may begin a mark
+        self._space = list[str]()  # before it, may be at an end; no mark has such
         self._header = ""
         self._before: dict[str, str | None] = {_REASONING: "", _CONTENT: ""}  # of what comes next; None within a text
 
     def fork(self) -> ReasoningStream:
         """One that goes on from here by itself."""
         new = copy.copy(self)
-        new._before = dict(self._before)
+        new._before, new._space = dict(self._before), list(self._space)
         return new
 
     @property
@@ -107,18 +108,18 @@ class ReasoningStream:
     def finish(self) -> tuple[str, str]:
         """What is left when the text has ended."""
         found, state = {_REASONING: "", _CONTENT: ""}, self._state
-        if state in (_BEGIN, _FREE):
-            found[_CONTENT] = self._held
-        elif state in found:
-            self._tell(found, self._held.rstrip(_SPACE) if state == _REASONING else self._held)
-        self._held = ""
+        if state in found:
+            self._tell(found, self._held)
+            self._held = ""
+        if state in (_BEGIN, _FREE, _CONTENT):
+            self._tell_all(found)
+        self._held, self._space = "", []
         return found[_REASONING], found[_CONTENT]
 
     def _step(self, found: dict[str, str]) -> bool:
         """Take what is held as far as the next mark; whether there may be another one."""
         if self._state == _FREE:
-            found[_CONTENT] += self._held
-            self._held = ""
+            self._tell_all(found)
             return False
         marks = self._ways[self._state]
         if self._state == _BEGIN and not self._may_begin(marks):
@@ -141,6 +142,8 @@ class ReasoningStream:
     def _may_begin(self, marks: Mapping[str, str]) -> bool:
         """Whether the text so far is white space, and a mark or the beginning of one."""
         text = self._held.lstrip(_SPACE)
+        self._space.append(self._held[: len(self._held) - len(text)])
+        self._held = text
         return any(text.startswith(mark) or mark.startswith(text) for mark in marks)
 
     def _tell_what_is_sure(self, found: dict[str, str], marks: Mapping[str, str]) -> None:
@@ -148,31 +151,39 @@ class ReasoningStream:
             return
         begun = max((n for mark in marks for n in range(1, len(mark)) if self._held.endswith(mark[:n])), default=0)
         sure = self._held[: len(self._held) - begun]
-        if self._state in (_REASONING, _CONTENT):
-            if marks:  # what follows may be a mark, before which white space is dropped
-                sure = sure.rstrip(_SPACE)
-            self._tell(found, sure)
-        elif self._state == _HEADER:
-            self._header += sure
         self._held = self._held[len(sure) :]
+        if self._state == _HEADER:
+            self._header += sure
+        elif self._state in found:
+            self._tell(found, sure)
+            if not marks:  # else what follows may be one, before which white space is dropped
+                self._tell_all(found)
 
     def _leave(self, found: dict[str, str], text: str) -> None:
         """The rest of a state's text, which a mark ends."""
         if self._state == _HEADER:
             self._header += text
-        elif self._state in (_REASONING, _CONTENT):
-            self._tell(found, text.rstrip(_SPACE))
+        elif self._state in found:
+            self._tell(found, text)
             if self._before[self._state] is None:
                 self._before[self._state] = "\n"
+        self._space = []
 
     def _tell(self, found: dict[str, str], text: str) -> None:
+        """Of reasoning or content. White space at its end is kept, and told before what follows."""
         before = self._before[self._state]
         if before is not None:
             text = text.lstrip(_SPACE)
-            text = before + text if text else ""
-        if text:
-            self._before[self._state] = None
-        found[self._state] += text
+        told = text.rstrip(_SPACE)
+        if told:
+            found[self._state] += ("".join(self._space) if before is None else before) + told
+            self._before[self._state], self._space = None, []
+        self._space.append(text[len(told) :])
+
+    def _tell_all(self, found: dict[str, str]) -> None:
+        """Content, with what is kept."""
+        found[_CONTENT] += "".join(self._space) + self._held
+        self._held, self._space = "", []
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,14 @@ def test_pieces(
     assert told(style, inside, pieces) == (reasoning, content)
 
 
+@pytest.mark.parametrize(("style", "begin"), [(THINK, ""), (THINK, "<think>a"), (CHANNELS, FINAL + "a")])
+def test_endless_white_space_is_read_once(style: ReasoningStyle, begin: str) -> None:
+    """A model may write nothing else in the end. To read what is held at each piece would take hours."""
+    reasoning, content = told(style, False, [begin, *[" " * 100] * 200_000])
+    expected = ("a", 0) if begin.startswith("<think>") else ("", 20_000_000 + len(begin[-1:]))
+    assert (reasoning, len(content)) == expected
+
+
 def test_text_comes_as_soon_as_it_is_sure() -> None:
     stream = ReasoningStream(THINK)
     given = ["<think>", "I", " see", " <", "3 ", "</", "think>", " Yes", " ", "no"]
