@@ -433,11 +433,12 @@ class Service:
         with _readable("chat_template_kwargs"):
             variables = checked_variables(body.chat_template_kwargs or {})
         effort = body.reasoning_effort
-        if effort not in (None, "none"):
-            if "reasoning_effort" not in (self._codec.chat_template or ""):
-                said = f"reasoning_effort is {effort}, and the model's chat template does not know it. Leave it out."
-                raise ApiError(400, said, param="reasoning_effort")
+        template = (self._codec.tool_template if tools is not None else None) or self._codec.chat_template or ""
+        if effort is not None and "reasoning_effort" in template:
             variables = {"reasoning_effort": effort, **variables}
+        elif effort not in (None, "none"):
+            said = f"reasoning_effort is {effort}, and the model's chat template does not know it. Leave it out."
+            raise ApiError(400, said, param="reasoning_effort")
         encode = functools.partial(
             self._codec.encode_chat,
             messages,
