@@ -379,7 +379,8 @@ class ChatAnswer(Answer):
         return {"delta": {"role": "assistant", "content": ""}}
 
     def _added(self, text: str, reasoning: str) -> dict[str, Any]:
-        return {"delta": {"content": text} | ({"reasoning_content": reasoning} if reasoning else {})}
+        thought = {"reasoning_content": reasoning} if reasoning else {}
+        return {"delta": thought | ({"content": text} if text or not reasoning else {})}
 
     def _has(self, text: str, calls: Sequence[dict[str, Any]], reasoning: str) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}

@@ -155,6 +155,7 @@ def test_reasoning_stands_apart(style: ReasoningStyle, text: str) -> None:
                 name: "".join(chunk.get(name, "") for chunk in chunks) for name in ("reasoning_content", "content")
             }
             called = any("tool_calls" in chunk for chunk in chunks)
+            assert all("content" not in chunk for chunk in chunks if "reasoning_content" in chunk)
         else:
             for event in events:
                 answer.take(Told(0, event))
