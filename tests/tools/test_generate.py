@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.reasoning import CHANNELS, Thoughts
+from lora_drop_runtime.text import TextCodec
 from lora_drop_tools.cli import _prompts
-from lora_drop_tools.generate import ChatSettings, GenerateSettings, chat, generate
+from lora_drop_tools.generate import ChatSettings, GenerateSettings, _Answer, chat, generate
 
 from tests.support.bundles import record_again
 from tests.support.serving import word_bundle
+from tests.support.tokenizers import character_tokenizer
 
 
 class Terminal(io.StringIO):
@@ -52,6 +55,18 @@ def test_a_chat_without_a_template_asks_for_no_question(tmp_path: Path, monkeypa
     with pytest.raises(InputError, match="no chat template") as refused:
         chat(bundle.root, ChatSettings(threads=1))
     assert "lora-drop generate" in str(refused.value)
+
+
+def test_reasoning_amid_an_answer_is_marked_on_its_own(tmp_path: Path) -> None:
+    """GPT-OSS may reason again after it has said something."""
+    character_tokenizer(tmp_path)
+    codec = TextCodec.open(tmp_path / "tokenizer")
+    parts = [("analysis", "a"), ("commentary", "b"), ("analysis", "c"), ("analysis", "d"), ("final", "e")]
+    text = "<|end|><|start|>assistant".join(f"<|channel|>{channel}<|message|>{said}" for channel, said in parts)
+    answer = _Answer(codec, (), Thoughts(CHANNELS))
+    printed = "".join(answer.push(token) for token in codec.encode(text).tolist()) + answer.finish()
+    assert printed == "<think>\na\n</think>\n\nb\n<think>\nc\nd\n</think>\n\ne"
+    assert (answer.reasoning, answer.text) == ("a\nc\nd", "b\ne")
 
 
 def test_reasoning_is_told_from_the_answer(tmp_path: Path) -> None:

@@ -328,6 +328,7 @@ class _Answer:
         self._pieces = codec.stream(stop, () if thoughts is None else thoughts.style.marks)
         self._thoughts = None if thoughts is None else thoughts.stream()
         self._texts, self._reasoning = list[str](), list[str]()
+        self._reasons = False  # what was printed last
 
     @property
     def stopped(self) -> bool:
@@ -357,11 +358,14 @@ class _Answer:
     def _printed(self, reasoning: str, text: str) -> str:
         printed = ""
         if reasoning:
-            printed = reasoning if self._reasoning else f"<think>\n{reasoning}"
+            begin = "\n<think>\n" if self._texts else "<think>\n"
+            printed = reasoning if self._reasons else begin + reasoning.removeprefix("\n")
             self._reasoning.append(reasoning)
+            self._reasons = True
         if text:
-            printed += text if self._texts or not self._reasoning else f"\n</think>\n\n{text}"
+            printed += "\n</think>\n\n" + text.removeprefix("\n") if self._reasons else text
             self._texts.append(text)
+            self._reasons = False
         return printed
 
 
