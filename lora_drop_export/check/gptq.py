@@ -59,14 +59,11 @@ def _attend(call: AttentionCall) -> Any:
         return attention(query, key, value, is_causal=True, scale=call.scale, enable_gqa=True).transpose(1, 2)
     group = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))  # [B, H, S, D]
-    scores = query @ key.mT * call.scale
-    if call.softcap:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
     own = torch.arange(query.shape[2])[:, None]
     seen = own >= own.T
     if call.window:
         seen &= own - call.window < own.T
-    return (call.weights(scores.masked_fill(~seen, -torch.inf)) @ value).transpose(1, 2)
+    return (call.weights(query @ key.mT, seen) @ value).transpose(1, 2)
 
 
 class _Moments:

@@ -88,14 +88,11 @@ def _attend(cache: _Cache, call: AttentionCall) -> Any:
         keys = cache.keys[row].repeat_interleave(group, dim=1)  # [slots, H, D]
         values = cache.values[row].repeat_interleave(group, dim=1)
         slots = len(keys)
-        scores = torch.einsum("hsd,chd->hsc", query[row, :, :new], keys) * call.scale
-        if call.softcap:
-            scores = call.softcap * torch.tanh(scores / call.softcap)
         own = torch.arange(slots - new, slots)[:, None]  # the slot of each new token
         seen = torch.arange(slots)[None] <= own
         if call.window:
             seen &= torch.arange(slots)[None] > own - call.window
-        weights = call.weights(scores.masked_fill(~seen, -torch.inf))
+        weights = call.weights(torch.einsum("hsd,chd->hsc", query[row, :, :new], keys), seen)
         output[row, :new] = torch.einsum("hsc,chd->shd", weights, values)
     return output
 

@@ -11,6 +11,7 @@ Enters: the tensors of a checkpoint. Leaves: sources of the other two forms, rea
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import math
@@ -62,93 +63,86 @@ def from_rows(rows: npt.NDArray[Any], experts: int, name: str, turned: bool) -> 
     return rows.reshape(experts, height // turns, turns, columns).swapaxes(1, 2).reshape(experts, height, columns)
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """Rows `begin` to `begin + N` of one expert in a tensor [E, ·, K]."""
-
-    whole: TensorSource
-    expert: int
-    begin: int
-    shape: tuple[int, int]  # (N, K)
+class _Made(abc.ABC):
+    """What a source that is made of others has in common with the first of them."""
 
     @property
-    def name(self) -> str:
-        return self.whole.name
+    @abc.abstractmethod
+    def _first(self) -> TensorSource: ...
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]: ...
+
+    @abc.abstractmethod
+    def rows(self, begin: int, end: int) -> npt.NDArray[Any]: ...
 
     @property
     def file(self) -> Path:
-        return self.whole.file
+        return self._first.file
 
     @property
     def dtype(self) -> str:
-        return self.whole.dtype
-
-    @property
-    def size_bytes(self) -> int:
-        return self.whole.size_bytes * self.shape[0] // math.prod(self.whole.shape[:2])
-
-    def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
-        first, last = self.begin + begin, self.begin + min(end, self.shape[0])
-        if isinstance(self.whole, TensorPlace):  # which widens what it reads
-            experts, height, columns = self.whole.shape
-            flat = dataclasses.replace(self.whole, shape=(experts * height, columns))
-            return flat.rows(self.expert * height + first, self.expert * height + last)
-        return self.whole.rows(self.expert, self.expert + 1)[0, first:last]
+        return self._first.dtype
 
     def read(self) -> npt.NDArray[Any]:
         return self.rows(0, self.shape[0])
 
 
 @functools.lru_cache(maxsize=1)
-def _transposed_matrix(whole: Any, expert: int) -> npt.NDArray[Any]:
-    """Of one expert in a tensor [E, K, N], of which some rows at a time are asked for."""
+def _transposed(whole: Any, expert: int) -> npt.NDArray[Any]:
+    """The matrix [N, K] of one expert in a tensor [E, K, N], of which some rows at a time are asked for."""
     return np.ascontiguousarray(whole.rows(expert, expert + 1)[0].T)
 
 
 @dataclass(frozen=True, eq=False)
-class _Transposed:
-    """The matrices [E, N, K] of a tensor [E, K, N]."""
+class _Part(_Made):
+    """Rows `begin` to `begin + N` of one expert in a tensor [E, ·, K], or [E, K, ·] where it is `turned`."""
 
     whole: TensorSource
+    expert: int
+    begin: int
+    size: tuple[int, int]  # (N, K)
+    turned: bool
+
+    @property
+    def _first(self) -> TensorSource:
+        return self.whole
 
     @property
     def name(self) -> str:
         return self.whole.name
 
     @property
-    def file(self) -> Path:
-        return self.whole.file
-
-    @property
-    def dtype(self) -> str:
-        return self.whole.dtype
-
-    @property
     def shape(self) -> tuple[int, ...]:
-        experts, columns, height = self.whole.shape
-        return experts, height, columns
+        return self.size
 
     @property
     def size_bytes(self) -> int:
-        return self.whole.size_bytes
+        return self.whole.size_bytes * math.prod(self.size) // math.prod(self.whole.shape)
 
     def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
-        """Experts `begin` to `end`."""
-        return np.stack([_transposed_matrix(self.whole, n) for n in range(begin, min(end, self.shape[0]))])  # type: ignore[arg-type]
+        first, last = self.begin + begin, self.begin + min(end, self.size[0])
+        if self.turned:
+            return _transposed(self.whole, self.expert)[first:last]  # type: ignore[arg-type]
+        if isinstance(self.whole, TensorPlace):  # which widens what it reads
+            experts, height, columns = self.whole.shape
+            flat = dataclasses.replace(self.whole, shape=(experts * height, columns))
+            return flat.rows(self.expert * height + first, self.expert * height + last)
+        return self.whole.rows(self.expert, self.expert + 1)[0, first:last]
 
-    def read(self) -> npt.NDArray[Any]:
-        return self.rows(0, self.shape[0])
 
-
-def _cut(whole: TensorSource, turns: int) -> tuple[tuple[_Part, ...], ...]:
-    """The matrices of each expert in what transformers has."""
+def _cut(whole: TensorSource, turns: int, turned: bool) -> tuple[tuple[_Part, ...], ...]:
+    """The matrices of each expert in what transformers has; gate and up are one where they lie in turns."""
     experts, height, columns = whole.shape
+    if turned:
+        turns, height, columns = 1, columns, height
     size = height // turns, columns
-    return tuple(tuple(_Part(whole, e, n * size[0], size) for n in range(turns)) for e in range(experts))
+    return tuple(tuple(_Part(whole, e, n * size[0], size, turned) for n in range(turns)) for e in range(experts))
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertRows:
+class ExpertRows(_Made):
     """The bundle's form of matrices that a checkpoint holds apart, or of what transformers has.
 
     Attributes:
@@ -163,14 +157,6 @@ class ExpertRows:
         return self.parts[0][0]
 
     @property
-    def file(self) -> Path:
-        return self._first.file
-
-    @property
-    def dtype(self) -> str:
-        return self._first.dtype
-
-    @property
     def shape(self) -> tuple[int, ...]:
         rows, columns = self._first.shape
         return len(self.parts) * len(self.parts[0]) * rows, columns
@@ -182,8 +168,7 @@ class ExpertRows:
     @property
     def tensors(self) -> list[TensorSource]:
         """The checkpoint's, that it is made of."""
-        parts = [part.whole if isinstance(part, _Part) else part for expert in self.parts for part in expert]
-        return [part.whole if isinstance(part, _Transposed) else part for part in parts]
+        return [part.whole if isinstance(part, _Part) else part for expert in self.parts for part in expert]
 
     def _gathered(self, begin: int, end: int, read: Callable[[Any, int, int], _Arrays]) -> _Arrays:
         """Rows `begin` to `end` of what `read` gives for rows of a part."""
@@ -202,9 +187,6 @@ class ExpertRows:
     def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
         """Rows `begin` to `end`."""
         return self._gathered(begin, end, lambda part, first, last: (part.rows(first, last),))[0]
-
-    def read(self) -> npt.NDArray[Any]:
-        return self.rows(0, self.shape[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +212,7 @@ class KeptExpertRows(ExpertRows):
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertStack:
+class ExpertStack(_Made):
     """What transformers has, made of the bundle's form: [E, turns·N, K], or [E, K, turns·N]."""
 
     name: str
@@ -239,12 +221,8 @@ class ExpertStack:
     turned: bool  # whether it is that of `TURNED`
 
     @property
-    def file(self) -> Path:
-        return self.stored.file
-
-    @property
-    def dtype(self) -> str:
-        return self.stored.dtype
+    def _first(self) -> TensorSource:
+        return self.stored
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -262,24 +240,17 @@ class ExpertStack:
         end = min(end, self.experts)
         return from_rows(self.stored.rows(begin * height, end * height), end - begin, self.name, self.turned)
 
-    def read(self) -> npt.NDArray[Any]:
-        return self.rows(0, self.experts)
-
 
 @dataclass(frozen=True, eq=False)
-class BiasesInTurns:
+class BiasesInTurns(_Made):
     """The biases of gate and up [E, I] as one [E, 2I], in turns."""
 
     name: str
     parts: tuple[TensorSource, TensorSource]
 
     @property
-    def file(self) -> Path:
-        return self.parts[0].file
-
-    @property
-    def dtype(self) -> str:
-        return self.parts[0].dtype
+    def _first(self) -> TensorSource:
+        return self.parts[0]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -294,9 +265,6 @@ class BiasesInTurns:
         """Of experts `begin` to `end`."""
         gate, up = (part.rows(begin, end) for part in self.parts)
         return np.stack([gate, up], axis=-1).reshape(len(gate), self.shape[1])
-
-    def read(self) -> npt.NDArray[Any]:
-        return self.rows(0, self.shape[0])
 
 
 def _rows_of(name: str, parts: tuple[tuple[TensorSource, ...], ...]) -> ExpertRows:
@@ -350,4 +318,4 @@ def find_experts(checkpoint: Checkpoint, name: str, experts: int | None) -> Tens
     whole = tensors.get(checkpoint.renamed.get(plain, plain))
     if name == plain or whole is None or len(whole.shape) != 3:
         return None
-    return ExpertRows(name, _cut(_Transposed(whole), 1) if turned else _cut(whole, _turns(name)))
+    return ExpertRows(name, _cut(whole, _turns(name), turned))

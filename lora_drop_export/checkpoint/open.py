@@ -386,7 +386,7 @@ def open_checkpoint(
         _check_layer_count(config, len(tensors))
     if quantization is not None:
         vars(config).pop("quantization_config", None)  # what is read is the model without it
-    if quantization is not None and isinstance(quantization, dict) and quantization.get("quant_method") == MXFP4:
+    if isinstance(quantization, dict) and quantization.get("quant_method") == MXFP4:
         tensors = mxfp4_tensors(config.model_type, tensors)
         log("the checkpoint's experts are in MXFP4, whose values int8 in blocks of 32 holds as they are")
     elif quantization is not None:

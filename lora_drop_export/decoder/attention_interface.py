@@ -38,10 +38,19 @@ class AttentionCall:
     softcap: float
     sinks: Any = None
 
-    def weights(self, scores: Any) -> Any:
-        """The softmax over the last axis of scores [.., H, S, C], less what the sinks take of it."""
+    def weights(self, products: Any, seen: Any) -> Any:
+        """The softmax [.., H, S, C] of queries times keys, as far as they are seen, less what the sinks take of it.
+
+        Args:
+            products: [.., H, S, C], not yet scaled.
+            seen: bool, of a shape that broadcasts to theirs.
+        """
         import torch
 
+        scores = products * self.scale
+        if self.softcap:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = scores.masked_fill(~seen, -torch.inf)
         if self.sinks is None:
             return torch.softmax(scores, dim=-1)
         sinks = self.sinks.to(scores.dtype).reshape(-1, 1, 1).expand(*scores.shape[:-1], 1)

@@ -14,29 +14,35 @@ from .nodes import Ops
 _PREFIX = "sinks."  # begins the name of the node that scales
 
 
-def scaled_by_sinks(ops: Ops, attention: ir.Node, sinks: ir.Value, kv_heads: int) -> ir.Value:
-    """What an Attention gives, [B, H, S, D], less the share of the sinks [H]; computed in float32."""
+def masked_scores(ops: Ops, attention: ir.Node, kv_heads: int) -> ir.Value:
+    """The scores of an Attention node, float32 [B, G, H/G, S, C], next to −∞ where its mask hides a slot."""
     query, key, _, mask = attention.inputs
-    attended = attention.outputs[0]
     assert query is not None
     heads, head_dim = int(query.shape[1]), int(query.shape[3])  # type: ignore[index, arg-type]
-    wide = int(ir.DataType.FLOAT)
 
     def number(value: float) -> ir.Value:
         return ops.constant(np.array(value, np.float32))
 
     rows = ops("Reshape", query, ops.ints([0, kv_heads, heads // kv_heads, -1, head_dim]))  # [B, G, H/G, S, D]
     keys = ops("Unsqueeze", ops("Transpose", key, perm=[0, 1, 3, 2]), ops.ints([2]))  # [B, G, 1, D, C]
-    scores = ops("Cast", ops("MatMul", rows, keys), to=wide)  # [B, G, H/G, S, C]
-    scores = ops("Mul", scores, number(attention.attributes["scale"].as_float()))
-    if "softcap" in attention.attributes:
-        softcap = attention.attributes["softcap"].as_float()
-        scores = ops("Mul", ops("Tanh", ops("Div", scores, number(softcap))), number(softcap))
-    scores = ops("Where", ops("Unsqueeze", mask, ops.ints([2])), scores, number(float(np.finfo(np.float32).min)))
+    scores = ops("Cast", ops("MatMul", rows, keys), to=int(ir.DataType.FLOAT))
+    softcap = attention.attributes["softcap"].as_float() if "softcap" in attention.attributes else 0.0
+    scores = ops("Mul", scores, number(attention.attributes["scale"].as_float() / (softcap or 1.0)))
+    if softcap:
+        scores = ops("Mul", ops("Tanh", scores), number(softcap))
+    return ops("Where", ops("Unsqueeze", mask, ops.ints([2])), scores, number(float(np.finfo(np.float32).min)))
+
+
+def scaled_by_sinks(ops: Ops, attention: ir.Node, sinks: ir.Value, kv_heads: int) -> ir.Value:
+    """What an Attention gives, [B, H, S, D], less the share of the sinks [H]; computed in float32."""
+    query, attended = attention.inputs[0], attention.outputs[0]
+    assert query is not None
+    heads = int(query.shape[1])  # type: ignore[index, arg-type]
+    scores = masked_scores(ops, attention, kv_heads)
     largest = ops("ReduceMax", scores, ops.ints([-1]), keepdims=1)
     total = ops("ReduceSum", ops("Exp", ops("Sub", scores, largest)), ops.ints([-1]), keepdims=1)
     logarithm = ops("Reshape", ops("Add", largest, ops("Log", total)), ops.ints([0, heads, -1, 1]))  # [B, H, S, 1]
-    each = ops("Reshape", ops("Cast", sinks, to=wide), ops.ints([1, heads, 1, 1]))
+    each = ops("Reshape", ops("Cast", sinks, to=int(ir.DataType.FLOAT)), ops.ints([1, heads, 1, 1]))
     share = ops("Cast", ops("Sigmoid", ops("Sub", logarithm, each)), to=int(query.dtype))  # type: ignore[arg-type]
     result = ops("Mul", attended, share)
     ops.nodes[-1].name = f"{_PREFIX}{sinks.name}"

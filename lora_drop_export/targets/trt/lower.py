@@ -26,7 +26,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 from lora_drop_runtime.bundle.bundle import WeightInput
@@ -34,7 +33,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 
 from lora_drop_export.graphs.match import cache_write, mask_window
 from lora_drop_export.graphs.nodes import Ops, float32_logits, replace_node
-from lora_drop_export.graphs.sinks import take_sinks
+from lora_drop_export.graphs.sinks import masked_scores, take_sinks
 
 from .packed_weights import look_up_packed, multiply_packed, see_as_bytes
 from .plugin_form import plugin_from_native
@@ -122,26 +121,12 @@ def _give_sinks(graph: ir.Graph, node: ir.Node, sinks: ir.Value) -> None:
 
 def _expand_attention(graph: ir.Graph, node: ir.Node, sinks: ir.Value | None) -> None:
     # Case 5
-    query, key, value, mask = node.inputs
+    query, key, value, _ = node.inputs
     assert query is not None
     assert key is not None
     heads, head_dim = int(query.shape[1]), int(query.shape[3])  # type: ignore[index, arg-type]
-    groups = int(key.shape[1])  # type: ignore[index, arg-type]
-    scale, ops = node.attributes["scale"].as_float(), Ops()
-
-    def number(value: float) -> ir.Value:
-        made = ir.node("Constant", [], {"value": ir.tensor(np.array(value, np.float32))})
-        ops.nodes.append(made)
-        return made.outputs[0]
-
-    rows = ops("Reshape", query, ops.ints([0, groups, heads // groups, -1, head_dim]))  # [B, G, H/G, S, D]
-    keys = ops("Unsqueeze", ops("Transpose", key, perm=[0, 1, 3, 2]), ops.ints([2]))  # [B, G, 1, D, C]
-    scores = ops("Cast", ops("MatMul", rows, keys), to=int(ir.DataType.FLOAT))  # [B, G, H/G, S, C]
-    softcap = node.attributes["softcap"].as_float() if "softcap" in node.attributes else 0.0
-    scores = ops("Mul", scores, number(scale / (softcap or 1.0)))
-    if softcap:
-        scores = ops("Mul", ops("Tanh", scores), number(softcap))
-    seen = ops("Where", ops("Unsqueeze", mask, ops.ints([2])), scores, number(float(np.finfo(np.float32).min)))
+    groups, ops = int(key.shape[1]), Ops()  # type: ignore[index, arg-type]
+    seen = masked_scores(ops, node, groups)
     if sinks is None:
         shares = ops("Softmax", seen, axis=-1)
     else:

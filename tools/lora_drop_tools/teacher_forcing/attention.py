@@ -65,7 +65,7 @@ def _attend(call: AttentionCall) -> Any:
     """Attention of tokens [B, H, S, D] to the memory as far as each may see it, and causally to each other."""
     import torch
 
-    query, key, value, softcap = call.query, call.key, call.value, call.softcap
+    query, key, value = call.query, call.key, call.value
     state = _running
     state.seen, state.window = (key, value), call.window
     causal = state.memory is None and not call.window
@@ -74,7 +74,7 @@ def _attend(call: AttentionCall) -> Any:
     group = query.shape[1] // key.shape[1]
     if group > 1:
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    fused = not softcap and call.sinks is None
+    fused = not call.softcap and call.sinks is None
     if causal and fused:
         mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=call.scale)
         return mixed.transpose(1, 2).contiguous()
@@ -82,11 +82,7 @@ def _attend(call: AttentionCall) -> Any:
     if fused:
         mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=call.scale)
         return mixed.transpose(1, 2).contiguous()
-    scores = query @ key.transpose(2, 3) * call.scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    weights = call.weights(scores.masked_fill(~mask, -torch.inf))
-    return (weights @ value).transpose(1, 2).contiguous()
+    return (call.weights(query @ key.transpose(2, 3), mask) @ value).transpose(1, 2).contiguous()
 
 
 def exchange_attention(model: Any) -> None:
