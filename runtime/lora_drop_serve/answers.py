@@ -62,7 +62,7 @@ class Choice:
         self._is_silent = is_silent
         marks = (*(() if calls is None else calls.marks), *(() if thoughts is None else thoughts.style.marks))
         self._pieces = codec.stream(stops, marks)
-        self._thoughts = None if thoughts is None else thoughts.stream()
+        self._thoughts = None if thoughts is None else thoughts.stream(calls=calls is not None)
         self._parts = None if calls is None else calls.stream()
         self._has_called = False
         self.tokens, self.reasoned, self.drafted, self.accepted = 0, 0, 0, 0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_drop_runtime.reasoning import CHANNELS, THINK, ReasoningStream, ReasoningStyle, reasoning_style
+from lora_drop_runtime.reasoning import BETWEEN, CHANNELS, THINK, ReasoningStream, ReasoningStyle, reasoning_style
+
+GEMMA, COHERE = BETWEEN["<channel|>"], BETWEEN["<|END_THINKING|>"]
 
 FINAL = "<|channel|>final<|message|>"
 ANALYSIS = "<|channel|>analysis<|message|>"
@@ -37,6 +39,13 @@ TEXTS = [
     (CHANNELS, False, f"{ANALYSIS}<|channel", "<|channel", ""),
     (CHANNELS, False, "plain text <|end|>", "", "plain text <|end|>"),
     (CHANNELS, False, "<|channel|>fin", "", ""),
+    (CHANNELS, False, 'to=functions.f<|channel|>commentary json<|message|>{"a": 1}', "", '{"a": 1}'),
+    (CHANNELS, False, "to=", "", "to="),
+    (GEMMA, False, "<|channel>thought\nI see.\n<channel|>Hi", "I see.", "Hi"),
+    (GEMMA, False, "<|channel>thought\n<channel|>Hi", "", "Hi"),
+    (GEMMA, False, "<|channel>other", "", "<|channel>other"),
+    (GEMMA, True, "I see.<channel|>Hi", "I see.", "Hi"),
+    (COHERE, False, "<|START_THINKING|>a<|END_THINKING|>b", "a", "b"),
 ]
 
 
@@ -55,6 +64,34 @@ def test_pieces(
     places = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
     pieces = [text[begin:end] for begin, end in zip([0, *places], [*places, len(text)], strict=True)]
     assert told(style, inside, pieces) == (reasoning, content)
+
+
+CALL = '<|channel|>commentary to=functions.a.b-c <|constrain|>json<|message|>{"x": " <|e"} '
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "content"),
+    [
+        (CALL, "", CALL),
+        (f"<|start|>assistant{CALL}<|call|>", "", CALL),
+        (' to=functions.a.b-c<|channel|>commentary json<|message|>{"x": " <|e"} ', "", CALL),
+        (f'{ANALYSIS}So.{NEXT} to=functions.a.b-c<|channel|>commentary<|message|>{{"x": " <|e"}} ', "So.", CALL),
+        (f"{ANALYSIS}So.{NEXT}{COMMENTARY}I look. {NEXT}{CALL}<|call|>{NEXT}{FINAL}Hi", "So.", f"I look.\n{CALL}\nHi"),
+        ('<|channel|>analysis to=functions.a.b-c<|message|>{"x": " <|e"} ', "", CALL),
+        (f"{ANALYSIS}to=functions.f {NEXT}{FINAL}to=functions.f", "to=functions.f", "to=functions.f"),
+        ("<|channel|>commentary to=functions.<|message|>a", "", "a"),
+        ("<|channel|>commentary to=functions.a/b<|message|>a", "", "a"),
+        ("<|channel|>analysis to=python<|message|>a", "a", ""),
+        ("<|channel|>commentary to=functions.a", "", ""),
+    ],
+    ids=map(str, range(11)),
+)
+def test_a_message_to_a_function_is_a_call(text: str, reasoning: str, content: str) -> None:
+    """Its header becomes one, and what it says stays as it is."""
+    for width in (1, 2, 7, 1000):
+        stream = ReasoningStream(CHANNELS, calls=True)
+        parts = [stream.push(text[i : i + width]) for i in range(0, len(text), width)]
+        assert tuple(map("".join, zip(*parts, stream.finish(), strict=True))) == (reasoning, content)
 
 
 @pytest.mark.parametrize(("style", "begin"), [(THINK, ""), (THINK, "<think>a"), (CHANNELS, FINAL + "a")])
@@ -83,6 +120,8 @@ def test_text_comes_as_soon_as_it_is_sure() -> None:
         ("{% if '</think>' in content %}", THINK),
         ("<|start|>assistant<|channel|>analysis<|message|>{{ thinking }}<|end|>", CHANNELS),
         ("<|channel|>", None),
+        ("{{ '<|channel>thought\\n' + thinking + '<channel|>' }}", GEMMA),
+        ("<|START_THINKING|>{{ plan }}<|END_THINKING|>", COHERE),
     ],
 )
 def test_styles(template: str | None, style: ReasoningStyle | None) -> None:
@@ -93,3 +132,4 @@ def test_who_begins() -> None:
     assert THINK.begun_by("assistant\n<think>\n")
     assert not THINK.begun_by("<think>\n\n</think>\n\n")
     assert not CHANNELS.begun_by("<|start|>assistant")
+    assert GEMMA.begun_by("<turn|>\n<|channel>thought\n")

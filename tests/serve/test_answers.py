@@ -132,14 +132,28 @@ def _of_bytes(*marks: AddedToken) -> TextCodec:
 
 
 @pytest.mark.parametrize(
-    ("style", "text"),
+    ("style", "text", "template"),
     [
-        (THINK, '<think>\nSo.\n</think>\n\nOh\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'),
-        (CHANNELS, "<|channel|>analysis<|message|>So.<|end|><|start|>assistant<|channel|>final<|message|>Oh"),
+        (
+            THINK,
+            '<think>\nSo.\n</think>\n\nOh\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
+            "<tool_call>",
+        ),
+        (
+            CHANNELS,
+            "<|channel|>analysis<|message|>So.<|end|><|start|>assistant<|channel|>final<|message|>Oh",
+            "functions.<|channel|>commentary<|message|>",
+        ),
+        (
+            CHANNELS,
+            "<|channel|>analysis<|message|>So.<|end|><|start|>assistant<|channel|>commentary<|message|>Oh<|end|><|start|>"
+            "assistant to=functions.now<|channel|>commentary json<|message|>{}",
+            "functions.<|channel|>commentary<|message|>",
+        ),
     ],
-    ids=["think", "channels"],
+    ids=["think", "channels", "channels-call"],
 )
-def test_reasoning_stands_apart(style: ReasoningStyle, text: str) -> None:
+def test_reasoning_stands_apart(style: ReasoningStyle, text: str, template: str) -> None:
     """From the answer, from calls behind it, and in the usage."""
     codec = _of_bytes(*(AddedToken(mark, special=True) for mark in style.marks if mark != "<|end|>"))
     ids = codec.encode(text).tolist()
@@ -147,7 +161,7 @@ def test_reasoning_stands_apart(style: ReasoningStyle, text: str) -> None:
     events = [Event(0, token, StepKind.REFRESH) for token in ids]
     events.append(Event(0, None, StepKind.REFRESH, finished=STOP))
     for stream in (False, True):
-        calls = Tools([{"type": "function", "function": {"name": "now"}}]).calls("<tool_call>")
+        calls = Tools([{"type": "function", "function": {"name": "now"}}]).calls(template)
         answer = ChatAnswer(codec, "m", 1, 1, (), calls=calls, thoughts=Thoughts(style), **options)
         if stream:
             chunks = [chunk["choices"][0]["delta"] for event in events for chunk in answer.chunks(Told(0, event))]
@@ -162,7 +176,7 @@ def test_reasoning_stands_apart(style: ReasoningStyle, text: str) -> None:
             found = read(answer)["choices"][0]["message"]
             called = "tool_calls" in found
         assert (found["reasoning_content"], found["content"]) == ("So.", "Oh")
-        assert called == ("tool_call" in text)
+        assert called == ("tool_call" in text or "to=" in text)
         (details,) = [answer.usage()["completion_tokens_details"]]
         assert 3 <= details["reasoning_tokens"] <= 5 + len(style.marks)
         assert answer.usage()["completion_tokens"] == len(ids)

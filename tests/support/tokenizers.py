@@ -53,7 +53,11 @@ MERGES = [
     "name",
 ]  # tokens of several characters
 END = "<end>"
-MARKS = {"<tool_call>": False, "</tool_call>": False, "[TOOL_CALLS]": True, "[ARGS]": True}  # of calls: is it special
+MARKS = {  # of calls: is it special
+    **dict.fromkeys(("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"), False),
+    **dict.fromkeys(("[TOOL_CALLS]", "[ARGS]", "<|tool_call>", '<|"|>', "<tool_call|>"), True),
+    **dict.fromkeys(("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>"), True),
+}
 
 
 def byte_tokenizer(root: Path, *, merged: bool = False, calls: bool = False) -> int:

@@ -5,7 +5,7 @@ A model is trained on one, which its chat template tells it. A text has sections
     section = begin opening call (between call)* closing end
     call = head[0] name head[1] arguments tail
 
-The arguments are JSON. A style that is new is a row of `STYLES`.
+The arguments are JSON, or written one by one (notations.py). A style that is new is a row of `STYLES`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.reasoning import CALL_HEADER
+
+from .notations import Notation
+
+ID = "#"
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,8 @@ class CallStyle:
         models: that write so, for messages.
         signs: all of them are in the chat template of such a model.
         others: none of them is.
+        notation: of arguments; JSON when None.
+        ids: a pattern of what stands for `ID` in the head, where the model numbers its calls.
         marks: parts of the text that are special tokens of some models.
         begin: of a section. Where it is empty, a call is the whole text.
         between: calls of a section; None where a section has one.
@@ -34,6 +41,8 @@ class CallStyle:
     head: tuple[str, str]
     tail: str
     others: tuple[str, ...] = ()
+    notation: Notation | None = None
+    ids: str = ""
     marks: tuple[str, ...] = ()
     begin: str = ""
     opening: str = ""
@@ -47,6 +56,41 @@ class CallStyle:
 
 
 _ARGUMENTS = ('{"name": "', '", "arguments": ')
+_HERMES = CallStyle(
+    models="Hermes, Qwen2.5 and Qwen3",
+    signs=("<tool_call>",),
+    others=("<function=", "<arg_key>", "<invoke", "<tool_calls>"),
+    marks=("<tool_call>", "</tool_call>"),
+    begin="<tool_call>",
+    opening="\n",
+    head=_ARGUMENTS,
+    tail="}",
+    closing="\n",
+    end="</tool_call>",
+    after="\n",
+)
+_XML = replace(
+    _HERMES,
+    models="Qwen3-Coder and Qwen3.5",
+    signs=("<tool_call>", "<function=", "<parameter="),
+    others=(),
+    head=("<function=", ">\n"),
+    notation=Notation(key=("<parameter=", ">\n"), behind="\n</parameter>\n"),
+    tail="</function>",
+)
+_SEED = ("<seed:tool_call>", "</seed:tool_call>")
+_GLM = replace(
+    _HERMES,
+    models="GLM 4.5 and later",
+    signs=("<tool_call>", "</arg_key>\n<arg_value>"),
+    others=(),
+    marks=(*_HERMES.marks, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+    opening="",
+    head=("", "\n"),
+    notation=Notation(key=("<arg_key>", "</arg_key>\n<arg_value>"), behind="</arg_value>\n"),
+    tail="",
+    closing="",
+)
 _MISTRAL = CallStyle(
     models="Mistral",
     signs=("[AVAILABLE_TOOLS]", "[TOOL_CALLS]"),
@@ -59,19 +103,54 @@ _MISTRAL = CallStyle(
     between=", ",
     closing="]",
 )
+_MINISTRAL = CallStyle(
+    models="Ministral 3",
+    signs=("[TOOL_CALLS]", "[ARGS]"),
+    others=("[CALL_ID]",),
+    marks=("[TOOL_CALLS]", "[ARGS]"),
+    begin="[TOOL_CALLS]",
+    head=("", "[ARGS]"),
+    tail="",
+    after="",
+)
 STYLES = (
+    _HERMES,
+    _XML,
+    replace(
+        _XML,
+        models="Seed-OSS",
+        signs=(_SEED[0], "<function=", "<parameter="),
+        marks=_SEED,
+        begin=_SEED[0],
+        end=_SEED[1],
+        notation=Notation(key=("<parameter=", ">"), behind="</parameter>\n"),
+    ),
+    _GLM,
+    replace(
+        _GLM,
+        signs=("<tool_call>", "</arg_key><arg_value>"),
+        head=("", ""),
+        notation=Notation(key=("<arg_key>", "</arg_key><arg_value>"), behind="</arg_value>"),
+        after="",
+    ),
     CallStyle(
-        models="Hermes, Qwen2.5 and Qwen3",
-        signs=("<tool_call>",),
-        others=("<function=", "<arg_key>", "<invoke", "<tool_calls>"),  # in XML (Qwen3-Coder, GLM, MiniMax), in a list
-        marks=("<tool_call>", "</tool_call>"),
-        begin="<tool_call>",
-        opening="\n",
-        head=_ARGUMENTS,
+        models="GPT-OSS",
+        signs=("<|channel|>commentary", "functions."),
+        marks=("<|channel|>", "<|constrain|>", "<|message|>"),
+        begin=CALL_HEADER[0],
+        head=("", CALL_HEADER[1]),
+        tail="",
+    ),
+    CallStyle(
+        models="Gemma 4",
+        signs=("<|tool_call>call:", "<tool_call|>"),
+        marks=("<|tool_call>", '<|"|>', "<tool_call|>"),
+        begin="<|tool_call>",
+        head=("call:", "{"),
+        notation=Notation(key=("", ":"), between=",", quote='<|"|>'),
         tail="}",
-        closing="\n",
-        end="</tool_call>",
-        after="\n",
+        end="<tool_call|>",
+        after="",
     ),
     CallStyle(
         models="Llama 3.1 to 3.3",
@@ -81,15 +160,39 @@ STYLES = (
     ),
     replace(_MISTRAL, signs=(*_MISTRAL.signs, "[TOOL_CALLS] ["), opening=" ["),
     _MISTRAL,
+    _MINISTRAL,
+    replace(
+        _MINISTRAL,
+        models="Mistral Small 3.2",
+        signs=("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
+        others=(),
+        marks=(*_MINISTRAL.marks, "[CALL_ID]"),
+        head=("", f"[CALL_ID]{ID}[ARGS]"),
+        ids="[A-Za-z0-9]{9}",
+    ),
     CallStyle(
-        models="Ministral 3",
-        signs=("[TOOL_CALLS]", "[ARGS]"),
-        others=("[CALL_ID]",),
-        marks=("[TOOL_CALLS]", "[ARGS]"),
-        begin="[TOOL_CALLS]",
-        head=("", "[ARGS]"),
-        tail="",
-        after="",
+        models="Command R7B",
+        signs=("<|START_ACTION|>", '"tool_call_id"', '"tool_name"'),
+        marks=("<|START_ACTION|>", "<|END_ACTION|>"),
+        begin="<|START_ACTION|>",
+        opening="[\n    ",
+        head=(f'{{"tool_call_id": "{ID}", "tool_name": "', '", "parameters": '),
+        ids="[0-9]{1,3}",
+        tail="}",
+        between=",\n    ",
+        closing="\n]",
+        end="<|END_ACTION|>",
+    ),
+    CallStyle(
+        models="Granite 3",
+        signs=("<|tool_call|>", "a JSON list of tools used"),
+        marks=("<|tool_call|>",),
+        begin="<|tool_call|>",
+        opening="[",
+        head=_ARGUMENTS,
+        tail="}",
+        between=", ",
+        closing="]",
     ),
 )
 

@@ -20,8 +20,9 @@ import numpy.typing as npt
 from lora_drop_runtime.decoding.constraint import Constraint
 from lora_drop_runtime.reasoning import Thoughts
 
-from .call_styles import CallStyle
+from .call_styles import ID, CallStyle
 from .grammar import GrammarConstraint, Grammars, checked_schema
+from .notations import Arguments
 
 AUTO, NONE, REQUIRED = "auto", "none", "required"
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -30,7 +31,7 @@ _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additiona
 
 @dataclass(frozen=True)
 class ToolCall:
-    """`arguments` is JSON, as the model wrote it."""
+    """`arguments` is JSON, as the model wrote it where it writes JSON."""
 
     name: str
     arguments: str
@@ -63,7 +64,7 @@ class FreeUntilCall:
         self._body, self._grammars, self._goes_on = body, grammars, goes_on
         self._begins, self._is_whole = [begin.encode() for begin in begins], is_whole
         self._kept = (*kept, *(() if thoughts is None else thoughts.style.marks))
-        self._thoughts = None if thoughts is None else thoughts.stream()
+        self._thoughts = None if thoughts is None else thoughts.stream(calls=True)
         self._call: GrammarConstraint | None = None
         self._text: bytes | None = b""  # the free text, or its end, which may begin a call; None where nothing can
         self._everything = np.ones(grammars.tokenizer.vocab_size, np.bool_)
@@ -115,9 +116,16 @@ class FreeUntilCall:
 
 
 def _piece(text: str, tokens: Mapping[str, int]) -> str:
-    """A text in Lark, of which some parts are special tokens; without any, the text alone."""
-    parts = re.split("(" + "|".join(map(re.escape, tokens)) + ")", text) if tokens else [text]
-    return " ".join(f"<[{tokens[part]}]>" if part in tokens else json.dumps(part) for part in parts if part)
+    """A text in Lark, of which some parts are special tokens and `ID` is an id; without any, the text alone."""
+    parts = re.split("(" + "|".join(map(re.escape, (ID, *tokens))) + ")", text)
+    known = {ID: "CALL_ID"} | {mark: f"<[{token}]>" for mark, token in tokens.items()}
+    return " ".join(known.get(part) or json.dumps(part) for part in parts if part)
+
+
+def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema of a function's arguments."""
+    schema = function.get("parameters")
+    return _NO_PARAMETERS if schema is None else {"type": "object", **schema}
 
 
 def _grammar(
@@ -144,17 +152,19 @@ def _grammar(
         "call: " + " | ".join(f"tool_{i}" for i in range(len(functions))),
     ]
     for i, (name, function) in enumerate(functions.items()):
-        schema = function.get("parameters")
-        schema = _NO_PARAMETERS if schema is None else {"type": "object", **schema}
-        rules.append(f"tool_{i}: {piece(style.head_of(name))} arguments_{i} {piece(style.tail)}")
-        rules.append(f"arguments_{i}: %json {checked_schema(schema)}")
-    return "\n".join(rules) + "\n"
+        schema, arguments = checked_schema(_parameters(function)), f"arguments_{i}"
+        rules.append(f"tool_{i}: {piece(style.head_of(name))} {arguments} {piece(style.tail)}")
+        if style.notation is None:
+            rules.append(f"{arguments}: %json {schema}")
+        else:
+            rules += Arguments(style.notation, json.loads(schema)).rules(arguments, piece, checked_schema)
+    return "\n".join([*rules, *([f"CALL_ID: /{style.ids}/"] if style.ids else [])]) + "\n"
 
 
-def _end_of_json(text: str, begin: int) -> int | None:
-    """Where the JSON ends that begins here; None where it does not."""
+def _end_of_object(text: str, begin: int) -> int | None:
+    """Where the JSON object ends that begins here; None where it does not."""
     try:
-        return json.JSONDecoder().raw_decode(text, begin)[1]
+        return json.JSONDecoder().raw_decode(text, begin)[1] if text.startswith("{", begin) else None
     except (ValueError, RecursionError):
         return None
 
@@ -212,7 +222,12 @@ class Calls:
         self._functions, self._choice, self._style, self._parallel = functions, choice, style, parallel
         self.marks = style.marks
         self._heads = [style.head_of(name) for name in functions]
-        self._head = re.compile(re.escape(style.head[0]) + f"({NAME.pattern})" + re.escape(style.head[1]))
+        before, behind = (re.escape(part).replace(re.escape(ID), f"(?:{style.ids})") for part in style.head)
+        self._head = re.compile(f"{before}({NAME.pattern}){behind}")
+        self._arguments = {name: self._notated(function) for name, function in functions.items()}
+
+    def _notated(self, function: Mapping[str, Any]) -> Arguments | None:
+        return None if self._style.notation is None else Arguments(self._style.notation, _parameters(function))
 
     @property
     def is_free(self) -> bool:
@@ -273,17 +288,25 @@ class Calls:
         """A new stream for one text."""
         return CallStream(self)
 
+    def _read(self, name: str, text: str, place: int) -> tuple[str, int] | None:
+        """The arguments of a tool that begin here, as JSON, and where they end; None where they are none."""
+        arguments = self._arguments[name]
+        if arguments is not None:
+            return arguments.read(text, place)
+        end = _end_of_object(text, place)
+        return None if end is None else (text[place:end], end)
+
     def _section(self, text: str, place: int) -> tuple[list[ToolCall], int] | None:
         """The calls of a section whose mark ends here, and where it ends; None where it is none."""
         style, calls = self._style, list[ToolCall]()
         piece, closing = style.opening, style.closing + style.end
         while text.startswith(piece, place):
             head = self._head.match(text, place + len(piece))
-            end = None if head is None or head[1] not in self._functions else _end_of_json(text, head.end())
-            if head is None or end is None or not text.startswith(style.tail, end):
+            found = None if head is None or head[1] not in self._functions else self._read(head[1], text, head.end())
+            if head is None or found is None or not text.startswith(style.tail, found[1]):
                 return None
-            calls.append(ToolCall(head[1], text[head.end() : end]))
-            place = end + len(style.tail)
+            calls.append(ToolCall(head[1], found[0]))
+            place = found[1] + len(style.tail)
             if style.between is None:
                 break
             piece = style.between

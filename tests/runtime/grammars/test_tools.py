@@ -14,7 +14,7 @@ from lora_drop_runtime.decoding.constraint import Constraint
 from lora_drop_runtime.grammars.calls import ToolCall
 from lora_drop_runtime.grammars.grammar import Grammars
 from lora_drop_runtime.grammars.tools import MOST_TOOLS, Tools
-from lora_drop_runtime.reasoning import THINK, Thoughts
+from lora_drop_runtime.reasoning import CHANNELS, THINK, Thoughts
 from lora_drop_runtime.text import TextCodec
 
 from tests.support.bundles import make_bundle
@@ -28,13 +28,30 @@ TEMPLATES = {
     "mistral": "[AVAILABLE_TOOLS] [{{ tools }}] and {{ '[TOOL_CALLS] [' }}",
     "nemo": "[AVAILABLE_TOOLS][{{ tools }}] and {{ '[TOOL_CALLS][' }}",
     "ministral": "[AVAILABLE_TOOLS]{{ tools }} and {{ '[TOOL_CALLS]' + name + '[ARGS]' + arguments }}",
+    "small": "[AVAILABLE_TOOLS]{{ tools }} and {{ '[TOOL_CALLS]' + name + '[CALL_ID]' + id + '[ARGS]' + arguments }}",
+    "xml": "{{ tools }} <tool_call>\n<function=example>\n<parameter=a>\nvalue\n</parameter>\n</function>\n</tool_call>",
+    "seed": "{{ tools }} <seed:tool_call>\n<function=example>\n<parameter=a>value</parameter>\n</seed:tool_call>",
+    "glm": "{{ tools }} <tool_call>{name}\n<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n</tool_call>",
+    "glm47": "{{ tools }} <tool_call>{name}<arg_key>{key}</arg_key><arg_value>{value}</arg_value></tool_call>",
+    "gemma": "{{ tools }} {{ '<|tool_call>call:' + name + '{' + arguments + '}<tool_call|>' }}",
+    "channels": "{{ tools }} {{ 'functions.' + name + '<|channel|>commentary json<|message|>' + arguments }}",
+    "command": '<|START_ACTION|>[{"tool_call_id": "{{ i }}", "tool_name": "{{ name }}", "parameters": {{ given }}}]',
+    "granite": "respond only with <|tool_call|> followed by a JSON list of tools used. {{ tools }}",
 }
 BEGUN = {
     "hermes": "Well <tool_call>",
     "llama": '{"name": "weather", "parameters": ',
     "nemo": "[TOOL_CALLS]",
     "ministral": "Well [TOOL_CALLS]",
+    "xml": "Well <tool_call>",
+    "glm": "<tool_call>",
+    "gemma": "Well <|tool_call>",
+    "channels": "<|channel|>commentary to=functions.",
 }
+# A style by what it lets a text do: sections of calls amid text; a list of calls, which ends it
+AMID = ["hermes", "ministral", "small", "xml", "seed", "glm", "glm47", "gemma"]
+LISTS = ["mistral", "nemo", "command", "granite"]
+ALONE = ["llama", "channels"]  # one call
 WEATHER: dict[str, Any] = {
     "type": "object",
     "properties": {"city": {"enum": ["Rome", "</tool_call>"]}, "days": {"$ref": "#/$defs/few"}},
@@ -50,29 +67,83 @@ NOW = {"type": "function", "function": {"name": "now"}}
 ROME = '{"city": "Rome", "days": 3}'
 
 
+BEGINS = {
+    **dict.fromkeys(("hermes", "xml", "glm", "glm47"), "<tool_call>"),
+    **dict.fromkeys(("mistral", "nemo", "ministral", "small"), "[TOOL_CALLS]"),
+    "seed": "<seed:tool_call>",
+    "gemma": "<|tool_call>",
+    "channels": "<|channel|>commentary to=functions.",
+    "command": "<|START_ACTION|>",
+    "granite": "<|tool_call|>",
+}
+
+
 def written(style: str, *calls: tuple[str, str]) -> str:
     """Calls as a model of a style writes them: what the templates of such models make of messages with calls."""
+    if style in ALONE:
+        ((name, given),) = calls
+        if style == "channels":
+            return f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{given}"
+        return f'{{"name": "{name}", "parameters": {given}}}'
+    if style in LISTS:
+        before, key, behind = '"name"', "arguments", ""
+        opening, between, closing = {
+            "command": ("<|START_ACTION|>[\n    ", ",\n    ", "\n]<|END_ACTION|>"),
+            "granite": ("<|tool_call|>[", ", ", "]"),
+            "mistral": ("[TOOL_CALLS] [", ", ", "]"),
+            "nemo": ("[TOOL_CALLS][", ", ", "]"),
+        }[style]
+        if style == "command":
+            before, key = '"tool_call_id": "{n}", "tool_name"', "parameters"
+        items = (
+            f'{{{before.format(n=n)}: "{name}", "{key}": {given}}}{behind}' for n, (name, given) in enumerate(calls)
+        )
+        return opening + between.join(items) + closing
     if style == "hermes":
         return "\n".join(
             f'<tool_call>\n{{"name": "{name}", "arguments": {given}}}\n</tool_call>' for name, given in calls
         )
-    if style == "llama":
-        ((name, given),) = calls
-        return f'{{"name": "{name}", "parameters": {given}}}'
     if style == "ministral":
         return "".join(f"[TOOL_CALLS]{name}[ARGS]{given}" for name, given in calls)
-    items = ", ".join(f'{{"name": "{name}", "arguments": {given}}}' for name, given in calls)
-    return f"[TOOL_CALLS] [{items}]" if style == "mistral" else f"[TOOL_CALLS][{items}]"
+    if style == "small":
+        return "".join(f"[TOOL_CALLS]{name}[CALL_ID]a1b2c3d4{n}[ARGS]{given}" for n, (name, given) in enumerate(calls))
+    found = []
+    for name, given in calls:
+        values = {
+            key: value if isinstance(value, str) else json.dumps(value) for key, value in json.loads(given).items()
+        }
+        if style in ("xml", "seed"):
+            line, mark = ("\n", "tool_call") if style == "xml" else ("", "seed:tool_call")
+            pairs = "".join(f"<parameter={key}>{line}{value}{line}</parameter>\n" for key, value in values.items())
+            found.append(f"<{mark}>\n<function={name}>\n{pairs}</function>\n</{mark}>")
+        elif style in ("glm", "glm47"):
+            line = "\n" if style == "glm" else ""
+            pairs = "".join(
+                f"<arg_key>{key}</arg_key>{line}<arg_value>{value}</arg_value>{line}" for key, value in values.items()
+            )
+            found.append(f"<tool_call>{name}{line}{pairs}</tool_call>")
+        else:
+            found.append(f"<|tool_call>call:{name}{gemma(json.loads(given))}<tool_call|>")
+    return ("" if style in ("glm47", "gemma") else "\n").join(found)
+
+
+def gemma(value: object) -> str:
+    """As Gemma's template writes it."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{gemma(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(gemma, value)) + "]"
+    return f'<|"|>{value}<|"|>' if isinstance(value, str) else json.dumps(value)
 
 
 def wrong(style: str) -> list[str]:
     call = written(style, ("weather", ROME))
     return [
         call.replace("Rome", "Oslo"),
-        call.replace("3", "10"),
+        written(style, ("weather", ROME.replace("3", "10"))),
         call.replace("weather", "nothing"),
-        call.replace('"city": "Rome", ', ""),
-        call.replace("3}", "3"),
+        written(style, ("weather", '{"days": 3}')),
+        call.replace("3}", "3") if "3}" in call else call.replace("3", "3}"),
     ]
 
 
@@ -103,10 +174,10 @@ def may_end(grammars: Grammars, constraint: Constraint) -> bool:
     return constraint.is_over or bool(constraint.allowed()[grammars.tokenizer.eos_token])
 
 
-@pytest.mark.parametrize("style", ["hermes", "ministral"])
+@pytest.mark.parametrize("style", AMID)
 def test_auto_is_free_until_a_call_begins(grammars: Grammars, style: str) -> None:
     call = written(style, ("weather", ROME))
-    mark = call[:11]
+    mark = BEGINS[style]
     for text in ("Hello {", f"a {mark[:5]}", f"{mark[:-1]} {mark[:-1]}", "x" * 50):
         constraint = constraint_of(grammars, style, "auto")
         assert accepts(grammars, constraint, text)
@@ -115,23 +186,23 @@ def test_auto_is_free_until_a_call_begins(grammars: Grammars, style: str) -> Non
         assert accepts(grammars, constraint, f" {call}")
         assert constraint.allowed().all()
         assert accepts(grammars, constraint, f" and {call}.")
-        for other in wrong(style)[: None if style == "hermes" else 4]:
+        for other in wrong(style)[: 4 if style in ("ministral", "small") else None]:
             assert not accepts(grammars, before.fork(), other), other
         assert accepts(grammars, before, call)
 
 
-@pytest.mark.parametrize("style", ["mistral", "nemo"])
+@pytest.mark.parametrize("style", LISTS)
 def test_a_list_of_calls_ends_the_text(grammars: Grammars, style: str) -> None:
     both = written(style, ("weather", ROME), ("now", "{}"))
     constraint = constraint_of(grammars, style, "auto")
-    assert accepts(grammars, constraint, "I call [TOOL_CALL")
+    assert accepts(grammars, constraint, f"I call {BEGINS[style][:-1]}")
     before = constraint.fork()
     assert accepts(grammars, constraint, both[:-1])
     assert not may_end(grammars, constraint)
-    assert accepts(grammars, constraint, "]")
+    assert accepts(grammars, constraint, both[-1])
     assert constraint.is_over
     for other in wrong(style):
-        assert not accepts(grammars, before.fork(), other + "]"), other
+        assert not (accepts(grammars, rest := before.fork(), other) and rest.is_over), other
     single = constraint_of(grammars, style, "auto", parallel=False)
     assert not accepts(grammars, single, both)
 
@@ -210,24 +281,24 @@ def test_calls_that_are_found_were_bound(style: str, text: str) -> None:
 @pytest.mark.parametrize(("choice", "parallel"), [("required", True), ("required", False), (NOW, True)])
 def test_other_choices_write_calls_alone(grammars: Grammars, style: str, choice: object, parallel: bool) -> None:
     call = ("weather", ROME) if choice == "required" else ("now", "{}")
-    several = choice == "required" and parallel and style != "llama"
+    several = choice == "required" and parallel and style not in ALONE
     constraint = constraint_of(grammars, style, choice, parallel)
     assert not may_end(grammars, constraint)
     assert accepts(grammars, constraint, written(style, call))
     assert may_end(grammars, constraint)
-    assert constraint.is_over != (several and style in ("hermes", "ministral"))
+    assert constraint.is_over != (several and style in AMID)
     constraint = constraint_of(grammars, style, choice, parallel)
-    assert style == "llama" or accepts(grammars, constraint, written(style, call, call)) == several
+    assert style in ALONE or accepts(grammars, constraint, written(style, call, call)) == several
     for other in (
         "Hello",
         f" {written(style, call)}",
-        *wrong(style)[: 4 if style in ("llama", "ministral") else None],  # whose last one is no more than cut
+        *wrong(style)[: 4 if style in (*ALONE, "ministral", "small") else None],  # whose last one is no more than cut
         *([written(style, ("weather", ROME))] if choice is NOW else []),
     ):
         assert not accepts(grammars, constraint_of(grammars, style, choice, parallel), other), other
 
 
-@pytest.mark.parametrize("style", ["hermes", "ministral"])
+@pytest.mark.parametrize("style", AMID)
 def test_a_single_call_ends_the_text(grammars: Grammars, style: str) -> None:
     constraint = constraint_of(grammars, style, "auto", parallel=False)
     assert accepts(grammars, constraint, f"I call {written(style, ('weather', ROME))}")
@@ -252,6 +323,28 @@ def test_reasoning_is_free(grammars: Grammars, style: str, inside: bool) -> None
 
 
 @pytest.mark.parametrize(
+    "header", ["to=functions.weather<|channel|>commentary json<|message|>", written("channels", ("weather", ""))]
+)
+def test_a_message_to_a_function_is_bound(grammars: Grammars, header: str) -> None:
+    """However its header is written, and behind what is reasoning."""
+    calls = Tools(TOOLS).calls(TEMPLATES["channels"])
+    assert calls is not None
+    thought = '<|channel|>analysis<|message|>to=functions.weather{"days": 0}<|end|><|start|>assistant '
+    for begin in ("", thought, f"{thought}<|channel|>commentary<|message|>I look.<|end|><|start|>assistant "):
+        constraint = calls.constraint(grammars, Thoughts(CHANNELS))
+        assert accepts(grammars, constraint, begin + header)
+        for other in (ROME.replace("Rome", "Oslo"), '{"days": 3}', "x"):
+            assert not accepts(grammars, constraint.fork(), other)
+        assert accepts(grammars, constraint, ROME)
+        assert constraint.is_over
+        stream = Thoughts(CHANNELS).stream(calls=True)
+        text = "".join(stream.push(begin + header + ROME)[1:] + stream.finish()[1:])
+        assert calls.find(text)[1] == [ToolCall("weather", ROME)]
+    constraint = calls.constraint(grammars, Thoughts(CHANNELS))
+    assert accepts(grammars, constraint, f"{thought}<|channel|>final<|message|>to=functions.weather x")
+
+
+@pytest.mark.parametrize(
     ("bundle", "style", "choice", "policy"),
     [
         ("characters", "hermes", "auto", "skip"),
@@ -266,6 +359,15 @@ def test_reasoning_is_free(grammars: Grammars, style: str, inside: bool) -> None
         ("merges", "llama", "auto", "skip"),
         ("merges", "nemo", "auto", "lossless"),
         ("merges", "ministral", "required", "skip"),
+        ("characters", "xml", "auto", "skip"),
+        ("merges", "xml", "required", "lossless"),
+        ("characters", "glm", "auto", "lossless"),
+        ("merges", "glm47", "required", "skip"),
+        ("characters", "gemma", "required", "lossless"),
+        ("merges", "gemma", "auto", "skip"),
+        ("characters", "channels", "auto", "skip"),
+        ("merges", "channels", "required", "lossless"),
+        ("characters", "command", NOW, "skip"),
     ],
     indirect=["bundle"],
 )
@@ -288,7 +390,7 @@ def test_a_model_writes_calls_that_are_valid(bundle: Bundle, style: str, policy:
                     jsonschema.validate(json.loads(call.arguments), schema)
                 called += len(found)
                 assert choice == "auto" or found
-                assert choice == "auto" or "_call>" in text or "[TOOL_CALLS]" in text or not text
+                assert choice == "auto" or any(mark in text for mark in calls.marks) or not text
     assert called >= 8
 
 
@@ -296,22 +398,130 @@ def test_a_model_writes_calls_that_are_valid(bundle: Bundle, style: str, policy:
 def test_calls_are_found_in_a_text(style: str) -> None:
     calls = Tools(TOOLS).calls(TEMPLATES[style])
     assert calls is not None
-    given = '{"city": "</tool_call>]} [TOOL_CALLS]"}'
+    given = '{"city": "</tool_call>]} [TOOL_CALLS]<tool_call|>"}'
     call, other = ToolCall("weather", given), ToolCall("now", '{"n": 1e999}')
     one = written(style, ("weather", given))
-    assert calls.find("No call, a <tool_call>, [TOOL_CALLS] and {.")[1] == []
+    assert calls.find("No call, a <tool_call>, <|tool_call|>, <|tool_call>, [TOOL_CALLS] and {.")[1] == []
     assert calls.find(one) == ("", [call])
-    for text in (one.replace("weather", "nothing"), one[:-1], one[: one.index("</")], one[:40] + "[" * 100_000):
-        assert calls.find(text) == (text, [])
+    cut = one[: one.index("</tool_call>]}")]
+    listed = one.replace(given, "[1]")  # but for arguments one by one, whose text is another
+    broken = (one.replace("weather", "nothing"), one[:-1], cut, cut[:-3] + "[" * 100_000)
+    for text in (*broken, *([listed] if listed != one else [])):
+        assert calls.find(text) == (text, []), text[:200]
     if style == "llama":
         for text in (f"I ask. {one}", f"{one} Done.", f"{one}\n{one}", f"[{one}]"):
             assert calls.find(text) == (text, [])
         return
-    two = written(style, ("weather", given), ("now", '{"n": 1e999}'))
-    between = "\n" if style == "hermes" else ""
-    assert calls.find(f"I ask.\n{two} Done.") == (f"I ask.\n{between} Done.", [call, other])
-    for text in (one.replace("weather", "nothing"), one[:-1], one[: one.index("</")], one[:40] + "[" * 100_000):
-        assert calls.find(f"{one}{text}") == (text, [call])
+    two = one if style in ALONE else written(style, ("weather", given), ("now", '{"n": Infinity}'))
+    two = two.replace("Infinity", "1e999")
+    expected = [call] if style in ALONE else [call, other]
+    between = "\n" if style in ("hermes", "xml", "seed", "glm") else ""
+    assert calls.find(f"I ask.\n{two} Done.") == (f"I ask.\n{between} Done.", expected)
+    for text in (one.replace("weather", "nothing"), one[:-1], cut):
+        assert calls.find(f"{one}{text}") == (text.rstrip(), [call])
+
+
+@pytest.mark.parametrize("style", ["xml", "seed", "glm", "glm47", "gemma"])
+@pytest.mark.parametrize(
+    ("parameters", "right", "others"),
+    [
+        (  # texts that JSON could be, too
+            {"a": {"type": "string"}, "b": {"type": ["string", "null"]}, "c": {"anyOf": [{"type": "integer"}, {}]}},
+            [
+                {"a": "3", "b": "true", "c": 3},
+                {"a": "null", "b": None},
+                {"a": '"x"\n<y>', "b": "", "c": "4 "},
+                {"a": " \n", "c": [1, {"d": "e"}]},
+            ],
+            [{"b": "no a"}],
+        ),
+        (
+            {
+                "a": {"$ref": "#/$defs/n"},
+                "b": {"allOf": [{"$ref": "#/$defs/n"}], "default": 1},
+                "c": {"enum": ["e <x>", 1]},
+            },
+            [{"a": 1, "b": 2, "c": "e <x>"}, {"a": 0, "c": 1}],
+            [{"a": 4}, {"a": "x"}, {"a": 1, "b": -1}, {"a": 1, "c": "e"}, {"a": 1, "c": 2}, {"a": 1, "d": 2}],
+        ),
+        (
+            {
+                "a": {"type": "array", "items": {"type": "string", "maxLength": 2}, "minItems": 1, "maxItems": 3},
+                "b": {
+                    "type": "object",
+                    "properties": {"x": {"type": "boolean"}, "y": {"type": "number"}},
+                    "required": ["y"],
+                },
+            },
+            [{"a": ["x", "", "yy"]}, {"a": ["x"], "b": {"x": True, "y": -1.5e3}}, {"a": ["x"], "b": {"y": 0}}],
+            [
+                {"a": []},
+                {"a": ["xxx"]},
+                {"a": ["", "", "", ""]},
+                {"a": ["x"], "b": {"x": False}},
+                {"a": ["x"], "b": {}},
+            ],
+        ),
+        (
+            {"a": {"type": "string", "minLength": 2, "maxLength": 3}},
+            [{"a": "ab"}, {"a": "a\nb"}],
+            [{"a": "a"}, {"a": "abcd"}],
+        ),
+        (None, [{}, {"x": 1}, {"x": "y z", "u-v": [True, None, {"w": "q"}]}], []),
+        (
+            {"a": {"$ref": "#/$defs/tree"}},
+            [{"a": {"v": 1}}, {"a": {"v": 1, "next": [{"v": 2}, {"v": 3, "next": []}]}}],
+            [{"a": {"v": "1"}}, {"a": {"v": 1, "next": [{}]}}],
+        ),
+    ],
+    ids=["texts", "references", "nested", "lengths", "free", "recursive"],
+)
+def test_arguments_that_are_written_one_by_one(
+    grammars: Grammars, style: str, parameters: dict[str, Any] | None, right: list[Any], others: list[Any]
+) -> None:
+    tree = {
+        "type": "object",
+        "properties": {"v": {"type": "integer"}, "next": {"type": "array", "items": {"$ref": "#/$defs/tree"}}},
+        "required": ["v"],
+    }
+    definitions = {"n": {"type": "integer", "minimum": 0, "maximum": 3}, "tree": tree}
+    schema = {"type": "object", "$defs": definitions}
+    if parameters is not None:
+        schema |= {"properties": parameters, "required": ["a"]}
+    calls = Tools([{"type": "function", "function": {"name": "f", "parameters": schema}}], "required").calls(
+        TEMPLATES[style]
+    )
+    assert calls is not None
+    for given in right:
+        jsonschema.validate(given, schema)
+        text = written(style, ("f", json.dumps(given)))
+        assert accepts(grammars, calls.constraint(grammars), text), text
+        (call,) = calls.find(text)[1]
+        assert json.loads(call.arguments) == given, text
+    for given in others:
+        text = written(style, ("f", json.dumps(given)))
+        assert not accepts(grammars, calls.constraint(grammars), text), text
+
+
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        ({"a b": {}}, "'a b' of a parameter is no word"),
+        ({"a": {"$ref": "#/$defs/none"}}, "#/$defs/none is not in the schema"),
+        ({"a": {"$ref": "#/properties/a"}}, "refers to itself"),
+        ({"a": {"anyOf": [{"$ref": "#/properties/a"}] * 2}}, "refers to itself"),
+        ({"a": False}, "allows no value"),
+        ({"a": {"enum": "x"}}, "enum is 'x', and no list"),
+        ({"a": {"type": "text"}}, "'text' is no type"),
+        ({"a": {"type": "string", "maxLength": "x"}}, "maxLength is 'x'"),
+        ({"a": {"const": "x\n</parameter>\n"}}, "the mark that ends it"),
+    ],
+)
+def test_parameters_that_cannot_be_written_one_by_one(grammars: Grammars, parameters: Any, reason: str) -> None:
+    schema = {"type": "object", "properties": parameters}
+    calls = Tools([{"type": "function", "function": {"name": "f", "parameters": schema}}]).calls(TEMPLATES["xml"])
+    assert calls is not None
+    assert_refused(lambda: calls.constraint(grammars), "parameters of a tool cannot be followed", reason)
 
 
 def test_what_is_no_call_is_text() -> None:
@@ -358,7 +568,7 @@ def test_tools_that_cannot_be_served_are_refused(grammars: Grammars) -> None:
     assert_refused(lambda: unsupported.constraint(grammars), "cannot be followed", "not")
     others = ("<tool_call><function=now>", "<tool_call>now<arg_key>", '<tool_call><invoke name="now">')
     others = (*others, '<tool_calls>[{"name": "now"}]</tool_calls>')
-    others = (*(TEMPLATES["hermes"] + other for other in others), TEMPLATES["ministral"] + "[CALL_ID]", "[TOOL_CALLS]")
+    others = (*(TEMPLATES["hermes"] + other for other in others), "[TOOL_CALLS]")
     for template in (None, "{{ messages }}", *others):
         assert_refused(lambda template=template: Tools(TOOLS).calls(template), "of a known style", "Qwen3", "Llama 3.1")
 
@@ -372,7 +582,8 @@ MISTRAL = written("mistral", ("weather", ROME), ("now", "{}"))
     ("style", "text", "content"),
     [
         *((style, text, text) for style in TEMPLATES for text in ("", "Hello.", "{}")),
-        *((style, "Hello [TOOL", "Hello [TOOL" if style in ("hermes", "llama") else "Hello") for style in TEMPLATES),
+        *((style, f"Hello {mark[:6]}", "Hello") for style, mark in BEGINS.items()),
+        ("llama", "Hello [TOOL", "Hello [TOOL"),
         ("hermes", " \n", ""),
         ("hermes", "Hello <tool", "Hello"),
         ("hermes", CALL, ""),
@@ -390,6 +601,8 @@ MISTRAL = written("mistral", ("weather", ROME), ("now", "{}"))
         ("mistral", f"Let me look. {MISTRAL}", "Let me look."),
         ("mistral", MISTRAL[:-1], ""),
         ("ministral", f"Look: {MINISTRAL} and {MINISTRAL}.", "Look:"),
+        *((style, f"Look: \n{written(style, ('weather', ROME))} Done.", "Look:") for style in BEGINS),
+        *((style, f"Look: {written(style, ('weather', ROME), ('now', '{}'))}", "Look:") for style in AMID + LISTS),
     ],
 )
 def test_a_stream_tells_what_the_whole_text_says(style: str, text: str, content: str) -> None:
@@ -400,7 +613,7 @@ def test_a_stream_tells_what_the_whole_text_says(style: str, text: str, content:
         stream = calls.stream()
         told = [stream.push(text[i : i + width]) for i in range(0, len(text), width)]
         assert "".join(content for content, _ in told) == content.rstrip()
-        if style == "hermes":
+        if style in ("hermes", "xml", "glm", "glm47", "seed", "gemma"):
             assert [call for _, found in told for call in found] == calls.find(text)[1]  # each is told as it ends
         told.append(stream.finish())
         assert ("".join(content for content, _ in told), [call for _, found in told for call in found]) == calls.find(
