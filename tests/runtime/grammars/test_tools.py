@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
@@ -11,6 +12,7 @@ import pytest
 from lora_drop_runtime import SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.constraint import Constraint
+from lora_drop_runtime.grammars import grammar
 from lora_drop_runtime.grammars.calls import ToolCall
 from lora_drop_runtime.grammars.grammar import Grammars
 from lora_drop_runtime.grammars.tools import MOST_TOOLS, Tools
@@ -145,6 +147,14 @@ def wrong(style: str) -> list[str]:
         written(style, ("weather", '{"days": 3}')),
         call.replace("3}", "3") if "3}" in call else call.replace("3", "3}"),
     ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_here() -> Iterator[None]:
+    """No process is started for grammars: the form that one would get is that of `text` below."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grammar, "compile_apart", lambda _: "")
+        yield
 
 
 @pytest.fixture(scope="module", params=["text", "tokens"])
@@ -421,7 +431,7 @@ def test_calls_are_found_in_a_text(style: str) -> None:
         assert calls.find(f"{one}{text}") == (text.rstrip(), [call])
 
 
-@pytest.mark.parametrize("style", ["xml", "seed", "glm", "glm47", "gemma"])
+@pytest.mark.parametrize("style", ["xml", "glm47", "gemma"])
 @pytest.mark.parametrize(
     ("parameters", "right", "others"),
     [
