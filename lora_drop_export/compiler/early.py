@@ -86,6 +86,14 @@ def windows_of_config(config: Any) -> tuple[int, ...] | None:
     return (size if type(config).__module__.startswith("transformers.") else 0,) * layers
 
 
+def _head_dims(config: Any, width: int) -> frozenset[int]:
+    """Values of a head in each layer; where layers differ transformers gives them by a layer's own config alone."""
+    return frozenset(
+        getattr(layer, "head_dim", None) or width // (getattr(layer, "num_attention_heads", None) or 1)
+        for layer in getattr(config, "per_layer_config", (config,))
+    )
+
+
 def _check_calibration(
     refs: Mapping[str, TensorSource], formats: Mapping[str, BlockFormat], options: ExportOptions
 ) -> None:
@@ -267,9 +275,7 @@ def check_before_trace(
     if windows is not None and type(width) is int:
         plan = make_plan(windows, width, options, kv_sources(config))
         if options.kv_dtype is not None:
-            heads = getattr(config, "num_attention_heads", None) or 1
-            head_dim = getattr(config, "head_dim", None) or width // heads
-            caches = Caches(options.kv_dtype, frozenset([head_dim]), plan.refresh_policy.fills)
+            caches = Caches(options.kv_dtype, _head_dims(config, width), plan.refresh_policy.fills)
             for target in set(options.targets) & set(TARGETS):
                 TARGETS[target].check_caches(caches, options)
         if options.adapters is not None:

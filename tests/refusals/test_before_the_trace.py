@@ -63,6 +63,12 @@ def test_an_old_onnx_runtime(export_refused, monkeypatch, arguments):
 
 
 @pytest.mark.usefixtures("stops_at_the_trace")
+def test_caches_in_8_bits_of_layers_that_differ(passes):
+    """Whose config transformers gives the size of a head of a layer's own alone."""
+    passes("--kv-dtype", "int8", model=more_family("gemma4").directory)
+
+
+@pytest.mark.usefixtures("stops_at_the_trace")
 @pytest.mark.parametrize("arguments", ["--dtype fp16", "--dtype bf16", "--target none"])
 def test_an_old_onnx_runtime_is_good_for_a_gpu(passes, monkeypatch, arguments):
     monkeypatch.setattr("onnxruntime.__version__", "1.31.2")
