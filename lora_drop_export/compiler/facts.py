@@ -115,7 +115,7 @@ def with_experts_alike(
             continue
         if len(forms) == 1:
             found.pop(*forms)
-        elif len(set(forms.values())) > 1:
+        elif len(set(forms.values())) > 1 and not all(form.floating for form in forms.values()):  # E4M3's are rows
             form = common_format([*forms.values()], [shapes[name][1] for name in pair])
             assert form is not None  # each has blocks, and 16 divides what any of them does
             found |= dict.fromkeys(pair, form)

@@ -28,7 +28,8 @@ from lora_drop_export.targets.trt.build import EngineBuilder
 from lora_drop_export.targets.trt.lower import trt_from_neutral
 from lora_drop_export.targets.trt.options import BuilderOptions
 from lora_drop_export.targets.trt.quantized import sign_weights
-from tests.support.bundles import PROMPTS, family, make_bundle
+from tests.export.targets.trt.test_against_oracle import parse_alone
+from tests.support.bundles import PROMPTS, family, make_bundle, more_family
 from tests.support.fake_gpu import BINDINGS, FakeGpu
 from tests.support.trt_graphs import (
     ADA,
@@ -65,6 +66,20 @@ def test_engines_hold_fp8(bundle):
     assert {name for name, dtype in stored.items() if dtype != FP8} == {name for name in stored if "norm" in name}
     assert {dtype for name, dtype in stored.items() if "norm" in name} == {"bfloat16"}
     assert not list(bundle.root.glob("signed-*"))
+
+
+def test_experts(tmp_path, monkeypatch):
+    """Of both of their matrices a row has a scale, though the rows are not as long."""
+    monkeypatch.setattr(EngineBuilder, "build", parse_alone)
+    options = {"targets": (RTX,), "dtype": FP8, "activation_dtype": "float16", "builder": ADA, "max_prompt_len": 40}
+    source = more_family("qwen2_moe")
+    bundle = make_bundle(source, tmp_path / "b", always_first=1, always_last=0, **options)
+    places = read_tensors(bundle.root / "weights" / "model.safetensors")
+    for part in ("gate_up_proj", "down_proj"):
+        rows = f"model.layers.1.mlp.experts.{part}.rows"
+        assert (places[rows].dtype, places[f"{rows}.scales"].shape) == (FP8, places[rows].shape[:1])
+    (gate,) = bundle.manifest.quantization["departures"]
+    assert (gate["weights"], gate["block_size"]) == ("model.layers.*.mlp.gate.weight", None)
 
 
 def test_the_manifest_says_it(bundle):
