@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -42,6 +43,7 @@ _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", 
 # Of a fast tokenizer; of older ones, some of which have no file named so
 _TOKENIZERS = ("tokenizer*", "vocab.json", "vocab.txt", "merges.txt", "*.model")
 _PROCESSORS_TEMPLATE = "chat_template.json"  # of models that see, in which their tokenizers do not look
+_SHARD = re.compile(r"(.*-)\d{5}-of-(\d{5})\.safetensors")
 _PICKLED = "pytorch_model*.bin"  # where there is nothing else
 _FILES = (".json", ".jinja", ".safetensors", ".bin", ".model")
 _UNREADABLE = "transformers cannot read this checkpoint."
@@ -184,13 +186,28 @@ def _check_files(directory: Path) -> None:
             )
 
 
+def _check_shards(directory: Path, files: Sequence[Path]) -> None:
+    """Refuse files that by their names are not all: model-00001-of-00003.safetensors."""
+    for match in filter(None, (_SHARD.fullmatch(file.name) for file in files)):
+        names = [f"{match[1]}{n:0{len(match[2])}}-of-{match[2]}.safetensors" for n in range(1, int(match[2]) + 1)]
+        missing = [name for name in names if directory / name not in files]
+        if missing:
+            raise InputError(
+                "A shard of the checkpoint is missing.",
+                note=f"{match[0]:.120} is one of {len(names)} files, {missing[0]:.120} is not in {directory}.",
+                hint="Download the rest of the checkpoint.",
+            )
+
+
 def _weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint, the whole one before shards, those in order."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if is_file(single):  # as in transformers, which leaves an index that is past where it writes one file
         return [single]
     if not is_file(index):
-        return sorted(directory.glob("*.safetensors"))
+        files = sorted(directory.glob("*.safetensors"))
+        _check_shards(directory, files)
+        return files
     damaged = "The checkpoint's index is damaged."
     data = read_json(index, damaged)
     places = data.get("weight_map") if isinstance(data, dict) else None

@@ -38,9 +38,9 @@ def renamed_tensors(names: Iterable[str], config: Any) -> dict[str, str]:
     return {new: old for new, old in renamed.items() if new not in stored}
 
 
-def joined_experts(names: Iterable[str], config: Any) -> dict[str, tuple[tuple[str, ...], ...]]:
-    """The model's name → the checkpoint's names of each expert's matrices, where transformers makes one tensor of those
-    of all experts: one below the other, and of each expert gate above up.
+def _matrices_of_experts(names: Iterable[str], config: Any) -> dict[str, dict[int, dict[int, str]]]:
+    """The model's name → expert → place → the checkpoint's name, of matrices that transformers makes one tensor of: all
+    experts one below the other, and of each expert gate above up.
 
     Raises:
         ModelError: a matrix is there twice, so that nothing says which one counts.
@@ -80,8 +80,30 @@ def joined_experts(names: Iterable[str], config: Any) -> dict[str, tuple[tuple[s
                         hint=CHECKPOINT_HINT,
                     )
                 expert[part] = name
+    return {name: dict(experts) for name, experts in found.items()}
+
+
+def joined_experts(names: Iterable[str], config: Any) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """The model's name → the checkpoint's names of each expert's matrices, where transformers makes one tensor of those
+    of all experts, and none of them is missing.
+
+    Raises:
+        ModelError: a matrix is there twice, so that nothing says which one counts.
+    """
     return {
         name: tuple(tuple(one[part] for part in sorted(one)) for _, one in sorted(experts.items()))
-        for name, experts in found.items()
+        for name, experts in _matrices_of_experts(names, config).items()
         if sorted(experts) == [*range(len(experts))] and len({tuple(sorted(one)) for one in experts.values()}) == 1
     }
+
+
+def missing_of_experts(names: Iterable[str], config: Any, parameter: str) -> list[str]:
+    """What the checkpoint would call the matrices that it lacks of a parameter of which it has others."""
+    experts = _matrices_of_experts(names, config).get(parameter, {})
+    known = {place: name for one in experts.values() for place, name in one.items()}
+    return [
+        re.sub(r"\.experts\.\d+\.", f".experts.{number}.", known[place])
+        for number in range(max(experts, default=-1) + 1)
+        for place in sorted(known)
+        if place not in experts.get(number, {})
+    ]

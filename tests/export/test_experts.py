@@ -267,9 +267,14 @@ def _another_number(tensors, prefix):
     tensors[f"{prefix}.03.up_proj.weight"] = np.zeros((32, 64), np.float32)
 
 
+def _none_there(tensors, prefix):
+    del tensors[f"{prefix}.3.up_proj.weight"]
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "note"),
     [
+        (_none_there, "does not hold the model", "64) model.layers.1.mlp.experts.3.up_proj.weight is missing."),
         (_other_rows, "not matrices of one shape", "3.gate_proj.weight is (48, 64), and"),
         (_other_columns, "not matrices of one shape", "3.up_proj.weight is (32, 48), and"),
         (_no_matrix, "not matrices of one shape", "0.gate_proj.weight is (2048,).\n"),

@@ -200,6 +200,8 @@ def test_shard_is_missing(export_refused, tmp_path):
     shard = sorted((tmp_path / "model").glob("*.safetensors"))[1]
     shard.unlink()
     export_refused(model=tmp_path / "model", words=("shard", shard.name))
+    (tmp_path / "model" / "model.safetensors.index.json").unlink()
+    export_refused(model=tmp_path / "model", words=("shard", "is one of 6 files", shard.name, "Download the rest"))
 
 
 @pytest.mark.usefixtures("untraced")
@@ -223,10 +225,11 @@ def test_a_calibration_text_that_says_too_little(export_refused, model, tmp_path
 @pytest.mark.usefixtures("traced")
 def test_weights_do_not_fit_the_config(export_refused, model):
     tensors = load_file(model / "model.safetensors")
-    name = "model.layers.5.mlp.up_proj.weight"
+    name, fused = (f"model.layers.5.mlp.{part}.weight" for part in ("up_proj", "gate_up_proj"))
     for changed, words in (
-        ({name: None}, ("Parameter", name, "missing")),
-        ({name: tensors[name][:-1]}, ("Parameter", name, "(95, 64)")),
+        ({name: None}, ("Parameter", name, "missing", "Check that the config is")),
+        ({name: None, fused: tensors[name]}, ("Parameter", name, fused, "which the model has not", "Convert fused")),
+        ({name: tensors[name][:-1]}, ("Parameter", name, "(95, 64)", "Check that the config is")),
         ({name: tensors[name].astype(np.int32)}, ("not taken", name, "int32", "float32, float16, bfloat16")),
         ({name: tensors[name].astype(np.float64)}, ("not taken", name, "float64", "Convert it")),
         ({name: tensors[name].astype(np.int8)}, ("not taken", name, "I8", "use the unquantized checkpoint")),
