@@ -12,7 +12,7 @@ from typing import Any
 from lora_drop_runtime.bundle.bundle import Bundle, record_file
 from lora_drop_runtime.bundle.manifest import CHANNEL, VERIFY_NAME, FileRecord
 from lora_drop_runtime.dtypes import BY_NAME
-from lora_drop_runtime.errors import BundleError, InputError
+from lora_drop_runtime.errors import BundleError, InputError, ModelError
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.console import Console
@@ -50,9 +50,11 @@ def _check_addable(bundle: Bundle, targets: Sequence[str], options: ExportOption
     for target in targets:
         try:
             TARGETS[target].check_dtype(manifest.model.dtype, manifest.model.weight_dtype, options)
-        except InputError as error:
+            if manifest.model.expert_bytes:
+                TARGETS[target].check_experts(manifest.model.dtype, ())
+        except (InputError, ModelError) as error:
             hint = error.hint.replace("Use --dtype", "Export the model again with --dtype")  # a bundle's is fixed
-            raise InputError(error.fact, note=error.note, hint=hint) from None
+            raise type(error)(error.fact, note=error.note, hint=hint) from None
     model, by_channel = manifest.model, manifest.quantization.get("block_size") == CHANNEL
     check_formats(targets, model.weight_dtype, model.kv_dtype, model.dtype, root, by_channel=by_channel)
     if manifest.model.kv_dtype is not None:
@@ -60,9 +62,6 @@ def _check_addable(bundle: Bundle, targets: Sequence[str], options: ExportOption
         caches = Caches(manifest.model.kv_dtype, head_dims, manifest.plan.refresh_policy.fills)
         for target in targets:
             TARGETS[target].check_caches(caches, options)
-    if manifest.model.expert_bytes:
-        for target in targets:
-            TARGETS[target].check_experts(manifest.model.dtype, ())
 
 
 def _stage_the_rest(bundle: Bundle, targets: Sequence[str], staged: Path) -> dict[str, FileRecord]:

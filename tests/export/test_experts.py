@@ -350,8 +350,15 @@ def test_halves_on_ort(tmp_path, capsys):
     assert main(options) == 2
     printed = capsys.readouterr().err
     assert "does not run experts in half precision" in printed
+    assert "Hint: Use --dtype fp32" in printed
     assert "weights:" not in printed
     assert not (tmp_path / "out").exists()
+    assert main([one for one in options if one not in ("--threads", "1")] + ["--target", "none"]) == 0
+    capsys.readouterr()
+    assert main(["--out", str(tmp_path / "out"), "--add-target", "ort"]) == 2
+    printed = capsys.readouterr().err
+    assert "does not run experts in half precision" in printed
+    assert "Hint: Export the model again with --dtype fp32" in printed  # a bundle's is fixed
 
 
 def _packed(tensors, name, values, size=16):
