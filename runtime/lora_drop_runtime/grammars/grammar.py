@@ -59,6 +59,19 @@ def _checked_text(what: str, text: object) -> str:
     return text
 
 
+def _tokenizer_json(codec: TextCodec) -> str:
+    """The tokenizer, whose decoder is that of bytes alone where others stand beside it: of GGUF files transformers 5.6
+    makes such lists, and llguidance takes them for a vocabulary with ▁ for a space."""
+    text = codec.tokenizer_json()
+    if not ('"ByteFallback"' in text and '"ByteLevel"' in text):  # whole vocabularies: read only if need be
+        return text
+    tokenizer = json.loads(text)
+    for decoder in (tokenizer["decoder"] or {}).get("decoders", ()):
+        if decoder["type"] == "ByteLevel":
+            return json.dumps(tokenizer | {"decoder": decoder})
+    return text
+
+
 def checked_schema(schema: str | Mapping[str, Any] | bool) -> str:
     """A JSON schema as JSON, with the options that every schema is compiled with.
 
@@ -157,7 +170,7 @@ class Grammars:
                 hint="Add eos_token_id to the checkpoint's generation_config.json, and export again.",
             )
         try:
-            self.tokenizer: LLTokenizer = LLTokenizer(codec.tokenizer_json(), n_vocab=vocab_size, eos_token=list(eos))
+            self.tokenizer: LLTokenizer = LLTokenizer(_tokenizer_json(codec), n_vocab=vocab_size, eos_token=list(eos))
         except ValueError as error:
             raise InputError(
                 "The tokenizer cannot be used with a schema or grammar.",

@@ -19,6 +19,7 @@ from lora_drop_runtime.grammars import trial
 from lora_drop_runtime.grammars.grammar import MOST_CHARACTERS, Grammars, checked_schema
 from lora_drop_runtime.text import TextCodec
 from lora_drop_tools.cli import main
+from tokenizers import Tokenizer
 
 from tests.support.bundles import family, make_bundle, oracle_plan
 from tests.support.covering import covering_array
@@ -286,6 +287,26 @@ def test_bundles_that_cannot_have_constraints_are_refused(tmp_path: Path, monkey
     assert_refused(lambda: Grammars(fused, 131, [3]), "tokenizer cannot be used", "decoder")
     monkeypatch.setitem(sys.modules, "llguidance", None)
     assert_refused(lambda: Grammars(codec, 131, [3]), "llguidance cannot be imported", "llguidance")
+
+
+def test_decoders_beside_that_of_bytes_change_nothing(bundle: Bundle) -> None:
+    """transformers 5.6 makes such a list of a GGUF file."""
+    codec = TextCodec.open(bundle.root / "tokenizer")
+    layout = json.loads(codec.tokenizer_json())
+    beside = [
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    ]
+    layout["decoder"] = {"type": "Sequence", "decoders": [*beside, layout["decoder"]]}
+    listed = TextCodec(Tokenizer.from_str(json.dumps(layout)), {}, None)
+    manifest = bundle.manifest
+    constraint = Grammars(listed, manifest.model.vocab_size, manifest.special_tokens.eos).json_schema(SCHEMA)
+    other = Grammars.of(bundle).json_schema(SCHEMA)
+    for token in codec.encode('{"n": 1, "tags": ["red"]}'):
+        assert np.array_equal(constraint.allowed(), other.allowed())
+        constraint.accept(int(token))
+        other.accept(int(token))
 
 
 # ── the command ────────────────────────────────────────────────────────────────────────────────────────────────
