@@ -14,13 +14,14 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lora_drop_runtime import Batch, Session
 from lora_drop_tools.cli import main as lora_drop
 
 from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.cli import main as lora_drop_export
-from tests.support.bundles import traced_once
+from tests.support.bundles import make_bundle, save_adapters, traced_once
 from tests.support.tokenizers import with_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +90,19 @@ def test_sessions_and_batches_are_opened_as_the_pages_say() -> None:
             assert set(re.findall(r"(\w+)=", given)) <= set(known), f"{page.name}: {name}.open({given})"
             found += 1
     assert found > 5
+
+
+def test_what_a_session_does_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = make_bundle("llama", tmp_path / "engines", rank=4)
+    described = bundle.manifest.model
+    save_adapters(tmp_path / "adapters", bundle.manifest.plan, described.hidden_size, described.fingerprint)
+    section = (ROOT / "docs/run.md").read_text(encoding="utf-8").split("## Python\n", 1)[1]
+    block = re.search(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    assert block
+    monkeypatch.chdir(tmp_path)
+    ids = {"prompt_ids": [7, 3], "ids_a": [7, 3], "ids_b": [11]}
+    arrays = {"input_ids": np.array([[7, 3]]), "lengths": np.array([2]), "token_ids": np.array([5])}
+    exec(block[1], ids | arrays)
 
 
 @pytest.mark.parametrize(
