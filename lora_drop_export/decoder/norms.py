@@ -1,4 +1,4 @@
-"""Norms as onnxscript's fusion knows them.
+"""Norms as onnxscript's fusion knows them, and as engines run what it makes.
 
 It makes one RMSNormalization of x · (1 / √(mean x² + ε)) · weight. Gemma 4 writes the root as a power of −0.5.
 """
@@ -26,3 +26,19 @@ def spell_reciprocal_roots(model: ir.Model) -> int:
         model.graph.remove(node, safe=True)
         count += 1
     return count
+
+
+def widen_normed(model: ir.Model) -> None:
+    """Halves that are normed with weights in float32, as in Gemma, become float32 before: ONNX allows both dtypes in
+    one RMSNormalization, but ONNX Runtime (1.32) loads none such in float16."""
+    for node in list(model.graph):
+        if node.op_type != "RMSNormalization":
+            continue
+        x, weight = node.inputs
+        assert x is not None
+        assert weight is not None
+        if x.dtype != weight.dtype:
+            cast = ir.node("Cast", [x], {"to": int(weight.dtype or ir.DataType.FLOAT)})
+            cast.outputs[0].type, cast.outputs[0].shape = weight.type, x.shape
+            model.graph.insert_before(node, cast)
+            node.replace_input_with(0, cast.outputs[0])

@@ -34,7 +34,7 @@ from .anatomy import buffer_values, decoder_layers, first_output, kv_sources, na
 from .attention_interface import DOMAIN, AttentionCall, register_attention
 from .build import build_model
 from .experts import name_experts, register_experts
-from .norms import spell_reciprocal_roots
+from .norms import spell_reciprocal_roots, widen_normed
 from .parameters import bind_initializers, leave_places, looked_up, narrow_parameters
 from .products import spell_products
 from .refusals import refuse_by_config, refuse_by_modules, unsupported
@@ -315,6 +315,7 @@ def _graph(wrapper: Any, layers: Any, calls: _Calls, seen: LayerCalls, tied: dic
     spell_products(program.model)
     _name_residual_stream(program.model)
     fuse_rotary_embedding(program.model)
+    widen_normed(program.model)
     expand(program.model, kinds, seen, prefix, stored)
     graph: ir.Model = program.model
     return graph
