@@ -124,6 +124,7 @@ class Reference:
         checkpoint: the bundle's own weight files, looked up by tensor name.
         kv_scales: `kv_scales.<layer>.key` and `.value` [Hkv, 1, D or 1] of 8-bit caches.
         kv_dtype: of these.
+        dtype: of the bundle's model.
     """
 
     checkpoint: Checkpoint
@@ -131,13 +132,14 @@ class Reference:
     weights: Mapping[str, Array]
     kv_scales: Mapping[str, Array] = field(default_factory=dict)
     kv_dtype: str | None = None
+    dtype: str = "float32"
     _states: dict[str, Any] = field(default_factory=dict)  # of the running layer's sites, [B, 1, d]
     _begun: dict[tuple[str, int], Any] = field(default_factory=dict)  # first site of a run, step → what it was given
     _cache: _Cache = field(default_factory=lambda: _Cache([], []))  # of the layer that is running
 
     def _model(self, ids: npt.NDArray[np.int64]) -> StreamedModel:
         """`ids`: all that will be looked up."""
-        return StreamedModel(self.checkpoint, ids, lambda call: _attend(self._cache, call))
+        return StreamedModel(self.checkpoint, ids, lambda call: _attend(self._cache, call), self.dtype)
 
     def run(
         self,
@@ -389,4 +391,5 @@ def reference_of(bundle: Bundle, trust_remote_code: bool = False, *, rounds_cach
     plan = bundle.manifest.plan
     weights = read_arrays(bundle.root, ADAPTERS_NAME)
     scales = read_arrays(bundle.root, KV_SCALES_NAME) if rounds_caches else {}
-    return Reference(checkpoint, plan, weights, kv_scales=scales, kv_dtype=bundle.manifest.model.kv_dtype)
+    model = bundle.manifest.model
+    return Reference(checkpoint, plan, weights, kv_scales=scales, kv_dtype=model.kv_dtype, dtype=model.dtype)

@@ -47,6 +47,7 @@ class StreamedModel:
         checkpoint: where they are.
         ids: int64, all token ids that will be looked up; the embedding's other rows are zero.
         attend: what its attention layers call.
+        dtype: of a model whose constants that no checkpoint holds are taken, rounded as they are there.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class StreamedModel:
         checkpoint: Checkpoint,
         ids: npt.NDArray[np.int64],
         attend: Callable[[AttentionCall], Any],
+        dtype: str = "float32",
     ) -> None:
         import torch
 
@@ -61,11 +63,12 @@ class StreamedModel:
         register_attention(ATTENTION_NAME, attend)
         with torch.device("meta"):
             model = build_model(checkpoint, "float32", ATTENTION_NAME)
+            rounded = model if dtype == "float32" else build_model(checkpoint, dtype, ATTENTION_NAME)
         self.model = model
         self.layers = decoder_layers(model)
         self._tied = tied_names(model)
-        for name, value in buffer_values(model).items():
-            put_tensor(model, name, value)
+        for name, value in buffer_values(rounded).items():
+            put_tensor(model, name, value.float() if value.is_floating_point() else value)
         inside = f"{name_of(model, self.layers)}."
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         for name, module in model.named_modules():
