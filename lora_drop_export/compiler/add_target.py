@@ -51,7 +51,7 @@ def _check_addable(bundle: Bundle, targets: Sequence[str], options: ExportOption
         try:
             TARGETS[target].check_dtype(manifest.model.dtype, manifest.model.weight_dtype, options)
             if manifest.model.expert_bytes:
-                TARGETS[target].check_experts(manifest.model.dtype, ())
+                TARGETS[target].check_experts(manifest.model.dtype, (), ())
         except (InputError, ModelError) as error:
             hint = error.hint.replace("Use --dtype", "Export the model again with --dtype")  # a bundle's is fixed
             raise type(error)(error.fact, note=error.note, hint=hint) from None

@@ -36,6 +36,7 @@ from lora_drop_export.checkpoint.drop_list import check_drop_list
 from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.context import context_length
+from lora_drop_export.decoder.experts import activations_of_experts
 from lora_drop_export.decoder.trace import TracedModel, trace
 from lora_drop_export.graphs.early_rows import with_rows_chosen_early
 from lora_drop_export.graphs.lora import lora_step_from_refresh
@@ -99,8 +100,9 @@ def write_bundle(
     groups = fusable_groups(traced.graph)
     formats = chosen_formats(refs, traced, groups, options)
     if mixtures := expert_formats(refs, formats):
+        activations = activations_of_experts(traced.graph.graph)
         for target in set(options.targets) & set(TARGETS):
-            TARGETS[target].check_experts(dtype, mixtures)
+            TARGETS[target].check_experts(dtype, mixtures, activations)
     quantization = quantization_of(refs, options)
     needed = weights_bytes(refs, dtype, options.weights, owned=checkpoint.owned, formats=formats)
     rounds = options.calibrated and not stand_in

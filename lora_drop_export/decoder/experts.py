@@ -4,11 +4,11 @@
     [T, d], int64 [T, K], [T, K], [E·2I, d], [E·d, I], [E, 2I], [E, d] → [T, d]
 
 Expert e makes of a token x `down_e (g · σ(α g) · (u + β))`, where g is `gate_e x` and u `up_e x`, each with its bias,
-and, where there is a limit, g at most that and u between it and less it. `α = 1, β = 0` is SiLU. The result is the sum
-over the token's K experts, each times its weight. The two matrices have the experts' own one below the other, a row of
-gate and one of up in turns, and so have the biases: what an engine reads for one expert is one piece then. In the
-checkpoint they may lie otherwise (checkpoint/experts.py). Experts that no step graph holds are refused where the
-modules are looked at (refusals.py).
+and, where there is a limit, g at most that and u between it and less it. `α = 1, β = 0` is SiLU; in some families it is
+`down_e (GELU(g) · u)`. The result is the sum over the token's K experts, each times its weight. The two matrices have
+the experts' own one below the other, a row of gate and one of up in turns, and so have the biases: what an engine reads
+for one expert is one piece then. In the checkpoint they may lie otherwise (checkpoint/experts.py). Experts that no step
+graph holds are refused where the modules are looked at (refusals.py).
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ _MATRICES = (3, 4)  # their places among a node's inputs
 def is_mixture(node: ir.Node) -> bool:
     """Whether a node of a trace is a mixture of experts."""
     return node.domain == DOMAIN and node.op_type == "Experts"
+
+
+def activations_of_experts(graph: ir.Graph) -> set[str]:
+    """Of the gates of all mixtures of a trace."""
+    return {node.attributes["activation"].as_string() for node in graph if is_mixture(node)}
 
 
 def is_matrix_of_experts(node: ir.Node, place: int) -> bool:

@@ -9,23 +9,37 @@ from weakref import WeakKeyDictionary
 
 _WIDTH = 2  # so that columns in turns are not halves
 _NEAR, _ENDLESS = 8.0, 1e30  # values tried where alpha and what is added tell; a limit that is none
+SILU = "silu"
+_GELU = {"gelu_tanh": "tanh", "gelu": "none"}  # activation → how ONNX and PyTorch call its approximation
 _found: WeakKeyDictionary[Any, Gate | None] = WeakKeyDictionary()  # by module: while one is traced nothing can be tried
 
 
 @dataclass(frozen=True)
 class Gate:
-    """`g · σ(alpha · g) · (u + added)`; before, with a limit, g is at most that, and u between it and less it.
+    """`g · σ(alpha · g) · (u + added)`; before, with a limit, g is at most that, and u between it and less it. Or
+    `GELU(g) · u`, which has none of these numbers.
 
     Attributes:
         limit: 0 for none.
+        activation: `silu`, `gelu`, or `gelu_tanh`, its approximation by tanh.
     """
 
     alpha: float = 1.0
     added: float = 0.0
     limit: float = 0.0
+    activation: str = SILU
+
+    @property
+    def approximate(self) -> str | None:
+        """Of GELU, as ONNX and PyTorch call it; None of another activation."""
+        return _GELU.get(self.activation)
 
     def __call__(self, gate: Any, up: Any) -> Any:
         """Of PyTorch tensors of one shape."""
+        if self.approximate is not None:
+            from torch.nn.functional import gelu
+
+            return gelu(gate, approximate=self.approximate) * up
         if self.limit:
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         return gate * (self.alpha * gate).sigmoid() * (up + self.added)
@@ -52,8 +66,8 @@ def _tried(experts: Any) -> Gate | None:
         except Exception:  # of whatever shape and kind the family's own code is
             return None
         alphas = [*_numbers(experts, "alpha", "swiglu_alpha"), 1.0]
-        for numbers in itertools.product(alphas, (0.0, 1.0), limits):
-            one = Gate(*numbers)
+        forms = (Gate(*numbers) for numbers in itertools.product(alphas, (0.0, 1.0), limits))
+        for one in (*forms, *(Gate(activation=activation) for activation in _GELU)):
             wanted = one(gate, up)
             if found.shape == wanted.shape and torch.allclose(found.float(), wanted, rtol=1e-5, atol=1e-30):
                 return one

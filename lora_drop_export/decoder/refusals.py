@@ -73,7 +73,7 @@ def _refuse_experts(experts: Any, config: Any) -> None:
 
     turned = config.model_type in TURNED
     usual = getattr(type(experts), "_apply_gate", None) is moe._default_apply_gate
-    joined = "experts with another activation than SiLU" if usual else "experts with a gate of their own"
+    joined = "experts with another activation than SiLU and GELU" if usual else "experts with a gate of their own"
     for other, feature in (
         (not experts.has_gate, "experts without a gate"),
         (experts.has_bias and not turned, "experts with biases"),

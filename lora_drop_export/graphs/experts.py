@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 import onnx_ir as ir
 
-from lora_drop_export.decoder.gates import Gate
+from lora_drop_export.decoder.gates import SILU, Gate
 
 from .match import QuantizedBlocks, match_weight
 from .nodes import Ops, replace_node
@@ -59,13 +59,15 @@ class Experts:
 
 def _name(gate: Gate, down: str) -> str:
     own = {name: value for name, value in asdict(gate).items() if value != getattr(Gate(), name)}
-    return f"{_PREFIX}{''.join(f'{name}={value!r};' for name, value in own.items())}{down}"
+    return f"{_PREFIX}{''.join(f'{name}={value};' for name, value in own.items())}{down}"
 
 
 def _gate(name: str) -> Gate:
     """What `_name` was given."""
     *own, _ = name.removeprefix(_PREFIX).split(";")
-    return Gate(**{key: float(value) for key, _, value in (one.partition("=") for one in own)})
+    given = dict(one.split("=") for one in own)
+    activation = given.pop("activation", SILU)
+    return Gate(**{key: float(value) for key, value in given.items()}, activation=activation)
 
 
 def _joined(ops: Ops, gate: Gate, g: ir.Value, u: ir.Value, dtype: ir.DataType) -> ir.Value:
@@ -74,6 +76,8 @@ def _joined(ops: Ops, gate: Gate, g: ir.Value, u: ir.Value, dtype: ir.DataType) 
     def number(value: float) -> ir.Value:
         return ops.constant(np.array(value, dtype.numpy()))
 
+    if gate.approximate is not None:
+        return ops("Mul", ops("Gelu", g, approximate=gate.approximate), u)
     if gate.limit:
         g, u = ops("Min", g, number(gate.limit)), ops("Clip", u, number(-gate.limit), number(gate.limit))
     steep = ops("Mul", g, number(gate.alpha)) if gate.alpha != 1 else g
@@ -86,7 +90,7 @@ def expand_experts(graph: ir.Graph, node: ir.Node) -> None:
     assert x is not None
     assert x.dtype is not None
     assert down is not None
-    form = Gate(*(node.attributes[field.name].as_float() for field in fields(Gate)))
+    form = Gate(**{field.name: node.attributes[field.name].value for field in fields(Gate)})
     count, ops = node.attributes["experts"].as_int(), Ops()
     if weights is not None and weights.dtype != x.dtype:  # of a router that computes in float32
         sizes, weights = weights.shape, ops("Cast", weights, to=int(x.dtype))

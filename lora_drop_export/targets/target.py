@@ -80,12 +80,18 @@ class Target(Protocol):
     def check_caches(self, caches: Caches, options: TargetOptions) -> None:
         """Refuse, before the trace where that is known, 8-bit caches that do not go with the options or the model."""
 
-    def check_experts(self, dtype: str, formats: Collection[tuple[BlockFormat | None, BlockFormat | None]]) -> None:
+    def check_experts(
+        self,
+        dtype: str,
+        formats: Collection[tuple[BlockFormat | None, BlockFormat | None]],
+        activations: Collection[str],
+    ) -> None:
         """Refuse, before weights are read, mixtures of experts that it cannot run.
 
         Args:
             dtype: of activations.
             formats: of gate and up and of down of some layers; None where they are in float.
+            activations: of their gates.
         """
 
     def dtype(self, of_checkpoint: str) -> str:

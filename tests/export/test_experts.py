@@ -196,6 +196,29 @@ def test_openvino_reads_the_chosen_experts_alone(exported):
         assert "Tile" not in kinds
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "int4", "bf16"])
+def test_gates_of_gelu(dtype, tmp_path, monkeypatch, capsys):
+    """OpenVINO alone has a kernel; of gate and up it wants a product each."""
+    source = more_family("gemma4_experts")
+    if dtype != "bf16":
+        monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: source.traced)
+    options = ["--dtype", dtype, "--drop-layers", "1", *WHOLE, "--model", str(source.directory)]
+    if dtype == "fp32":
+        assert main([*options, "--out", str(tmp_path / "other"), "--target", "ort"]) == 2
+        printed = " ".join(capsys.readouterr().err.split())
+        assert "Target ort does not run experts whose gate is GELU." in printed
+        assert "Use --target openvino." in printed
+    assert main([*options, "--out", str(tmp_path / "out"), "--target", "openvino"]) == 0
+    engine = OpenVinoEngine(Bundle.open(tmp_path / "out"), threads=1)
+    nodes = engine.compiled.model.get_runtime_model().get_ops()
+    kinds = [node.get_rt_info()["layerType"].astype(str) for node in nodes]
+    assert kinds.count("GatherMatmul") == 3
+    assert "Tile" not in kinds
+    if dtype == "fp32":
+        assert main(["--add-target", "ort", "--out", str(tmp_path / "out")]) == 2
+        assert "whose gate is GELU" in " ".join(capsys.readouterr().err.split())
+
+
 def test_biases_of_nothing(tmp_path, monkeypatch):
     """OpenVINO leaves out what adds zeros, and the form that it knows is another one then: all experts would run, and
     their matrices lie in memory as floats."""

@@ -262,7 +262,8 @@ def _unsupported() -> dict[str, tuple[Any, str]]:
     return {
         "gpt_oss": (t.GptOssConfig(**TINY, num_local_experts=4, swiglu_limit=-1.0), "experts with a gate of their own"),
         "gemma4": (t.Gemma4TextConfig(**TINY, head_dim=16, enable_moe_block=True, num_experts=4, top_k_experts=2,
-                                      moe_intermediate_size=16), "experts with another activation than SiLU"),
+                                      moe_intermediate_size=16, hidden_activation="relu"),
+                   "experts with another activation than SiLU and GELU"),
         "t5": (t.T5Config(vocab_size=131, d_model=64, d_ff=96, num_layers=2, num_heads=4, d_kv=16), "an encoder"),
         "bart": (t.BartConfig(vocab_size=131, d_model=64, encoder_layers=2, decoder_layers=2), "an encoder"),
         "bart_decoder": (t.BartConfig(vocab_size=131, d_model=64, decoder_layers=2, num_hidden_layers=2,

@@ -230,6 +230,18 @@ def gemma4(**options: Any) -> transformers.PreTrainedModel:
     return model
 
 
+def gemma4_experts(activation: str = "gelu_pytorch_tanh") -> transformers.PreTrainedModel:
+    """Experts with a gate of GELU beside a dense MLP, in a windowed and a full layer."""
+    own = {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 32}
+    own |= {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
+    model = gemma4(**own, hidden_size_per_layer_input=0, hidden_activation=activation)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for scale in (layer.router.scale, layer.router.per_expert_scale):
+                scale.copy_(torch.rand_like(scale) + 0.5)
+    return model
+
+
 def qwen2_moe() -> transformers.PreTrainedModel:
     """A dense layer, and one of experts that lie apart in the checkpoint, beside a shared one with a gate."""
     options = FEW | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [0]}
@@ -272,6 +284,7 @@ MORE_FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
         minicpm3,
         modernbert_decoder,
         gemma4,
+        gemma4_experts,
         qwen2_moe,
         granitemoe,
         gpt_oss,

@@ -50,7 +50,7 @@ class OpenVinoTarget:
     def check_caches(self, caches: object, options: object) -> None:
         """It takes them with any model and policy."""
 
-    def check_experts(self, dtype: str, formats: object) -> None:
+    def check_experts(self, dtype: str, formats: object, activations: object) -> None:
         """It takes all."""
 
     def dtype(self, of_checkpoint: str) -> str:

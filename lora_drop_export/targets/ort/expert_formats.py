@@ -1,4 +1,4 @@
-"""Which formats of experts ONNX Runtime's operators read: asked before weights are rounded, and again of a graph."""
+"""Which experts ONNX Runtime's operators run: asked before weights are rounded, and again of a graph."""
 
 from __future__ import annotations
 
@@ -6,11 +6,23 @@ from typing import TYPE_CHECKING
 
 from lora_drop_runtime.errors import ModelError
 
+from lora_drop_export.decoder.gates import SILU
+
 if TYPE_CHECKING:
     from lora_drop_export.graphs.match import QuantizedBlocks
     from lora_drop_export.quantize.formats import BlockFormat
 
     _Blocks = BlockFormat | QuantizedBlocks
+
+
+def check_activation(activation: str) -> None:
+    """Refuse a gate that the operators on a CPU do not have. Raises ModelError."""
+    if activation != SILU:
+        raise ModelError(
+            "Target ort does not run experts whose gate is GELU.",
+            note=f"This model's is {activation}; ONNX Runtime's operators for a CPU have SiLU.",
+            hint="Use --target openvino.",
+        )
 
 
 def check_alike(up: _Blocks | None, down: _Blocks | None) -> None:

@@ -13,7 +13,7 @@ from lora_drop_export.graphs.initializers import seen_as
 from lora_drop_export.graphs.match import QuantizedBlocks
 from lora_drop_export.graphs.nodes import Ops
 
-from .expert_formats import check_alike
+from .expert_formats import check_activation, check_alike
 from .linears import MICROSOFT
 
 _BLOCKS = ".experts"  # ends the second names of matrices, a dimension for each expert
@@ -22,6 +22,7 @@ _SMALLEST = float(np.finfo(np.float32).tiny)
 
 def _gate(gate: Gate) -> dict[str, Any]:
     """As the attributes of their SwiGLU have it, of rows of gate and up in turns."""
+    check_activation(gate.activation)
     given = {"activation_alpha": gate.alpha, "activation_beta": gate.added}
     limit = {"swiglu_limit": gate.limit} if gate.limit else {}  # where it is left out there is none
     return {"activation_type": "swiglu", "swiglu_fusion": 1, **given, **limit}

@@ -18,7 +18,7 @@ from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_export.console import Console
 from lora_drop_export.quantize.formats import BlockFormat
 
-from .expert_formats import check_alike
+from .expert_formats import check_activation, check_alike
 
 
 def _say_of_caches(model: ModelFacts, refresh: Any, console: Console) -> None:
@@ -60,14 +60,21 @@ class OrtTarget:
     def check_caches(self, caches: object, options: object) -> None:
         """It takes them with any model and policy."""
 
-    def check_experts(self, dtype: str, formats: Collection[tuple[BlockFormat | None, BlockFormat | None]]) -> None:
-        """Its operators take them in float32, or all in blocks of one kind."""
+    def check_experts(
+        self,
+        dtype: str,
+        formats: Collection[tuple[BlockFormat | None, BlockFormat | None]],
+        activations: Collection[str],
+    ) -> None:
+        """Its operators take them in float32, or all in blocks of one kind, with gates of SiLU."""
         if dtype != "float32":
             raise ModelError(
                 "Target ort does not run experts in half precision.",
                 note=f"Activations would be {dtype}; the model is a mixture of experts.",
                 hint="Use --dtype fp32, int8 or int4; or --target openvino, which takes bf16, too.",
             )
+        for activation in activations:
+            check_activation(activation)
         for up, down in formats:
             check_alike(up, down)
 

@@ -234,7 +234,7 @@ class TrtTarget:
     def takes_kept(self, form: BlockFormat) -> bool:
         return form.bits == 4 or form.symmetric
 
-    def check_experts(self, dtype: str, formats: object) -> None:
+    def check_experts(self, dtype: str, formats: object, activations: object) -> None:
         """Plain ONNX of them runs on any."""
 
     def dtype(self, of_checkpoint: str) -> str:

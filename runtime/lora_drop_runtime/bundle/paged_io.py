@@ -28,6 +28,8 @@ DOMAIN = "lora_drop"
 # Its nodes: inputs, attributes
 #   Linear          x, weight [, scales][, zero_points][, bias]; quantized: 0, 1 symmetric, 2; bias: 0, 1; gated: 0,
 #                   or 1 where x is a product, as of an activation and a second linear layer
+#   Experts         x, index, weights, gate and up, down (decoder/experts.py), and what Linear has of quantized ones [,
+#                   their biases]; experts, quantized, quantized_down, activation, alpha, added, limit
 #   Lookup          ids, table [, scales][, zero_points]; quantized
 #   RMSNorm         x, weight; epsilon
 #   Rotary          x [1, T, H, D], cos, sin [1, T, R / 2]; interleaved; rotary_dim R

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from lora_drop_export.decoder.gates import gate_of
@@ -26,6 +27,20 @@ def test_any_limit(limit, alpha):
     for size in (1e-8, 1.0, 10.0, 1e6):
         both = size * torch.linspace(-1, 1, 18).reshape(3, 6)
         assert torch.allclose(gate(both[..., ::2], both[..., 1::2]), module._apply_gate(both), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("hidden_activation", "activation"),
+    [("gelu_pytorch_tanh", "gelu_tanh"), ("gelu_new", "gelu_tanh"), ("gelu", "gelu"), ("silu", "silu"), ("relu", None)],
+)
+def test_activations(hidden_activation, activation):
+    sizes = {"hidden_size": 4, "moe_intermediate_size": 6, "num_experts": 2, "num_attention_heads": 1}
+    module = Gemma4TextExperts(transformers.Gemma4TextConfig(**sizes, hidden_activation=hidden_activation))
+    gate = gate_of(module)
+    assert (None if gate is None else gate.activation) == activation
+    if gate is not None:
+        both = 3 * torch.linspace(-1, 1, 36).reshape(3, 12)
+        assert torch.allclose(gate(*both.chunk(2, dim=-1)), module._apply_gate(both), rtol=1e-5, atol=1e-7)
 
 
 class ClampedBehind(GptOssExperts):

@@ -23,6 +23,8 @@ from .capped import capped_attention, ints
 
 _NEARLY_NOTHING, _NEARLY_ALL = 1e-37, 3e38
 _PLAIN_GATE = (("alpha", 1.0), ("added", 0.0), ("limit", 0.0))  # that an Experts node of SiLU may leave out
+_SILU = "silu"
+_GELU = {"gelu": "erf", "gelu_tanh": "tanh"}  # activation → how OpenVINO calls its approximation
 _LARGEST_GROUP, _LEAST_GROUP = 128, 16  # of activations with one scale
 _SINKS_RANK = 4  # of the sinks among what comes behind that; nothing else there has more than one dimension
 _LONGEST = 12  # the place of the longest row's length among paged attention's inputs
@@ -221,23 +223,32 @@ def _of_each(inputs: list[Output], quantized: int, experts: int) -> tuple[Output
     return _as_output(_dequantized(parts, quantized)[0]), inputs[1 + quantized :]
 
 
+def _gate_and_up(inputs: list[Output], held: list[npt.NDArray[Any]]) -> tuple[list[Output], list[Output]]:
+    """A matrix and what is stored beside it, whose rows are of gate and up in turns, as copies of those of each."""
+    parts: tuple[list[Output], list[Output]] = [], []
+    for one in inputs:
+        rows, *sizes = one.get_partial_shape().to_shape()
+        data: npt.NDArray[Any] = np.asarray(one.get_node().data).reshape(-1).view(np.uint8)
+        for turn, found in enumerate(parts):
+            held.append(np.ascontiguousarray(data.reshape(rows // 2, 2, -1)[:, turn]).reshape(-1))
+            tensor = ov.Tensor(held[-1], ov.Shape([rows // 2, *sizes]), one.get_element_type())
+            found.append(ov.op.Constant(tensor).output(0))
+    return parts
+
+
 def _nearly_nothing(*shape: int) -> Any:
     return op.constant(np.full(shape, _NEARLY_NOTHING, np.float32))
 
 
-def _experts(node: Node) -> list[Output]:
-    """All experts over all tokens, in the form of which OpenVINO makes GatherMatmul, which reads the matrices of the
-    chosen ones alone (2026.4, convert_tiled_moe_block_to_gather_matmuls.cpp).
+def _silu_experts(each: Output, count: int, node: Node, matrices: list[Output]) -> Any:
+    """What each expert makes of all tokens [E, T, d].
 
     The form is that of a model whose experts have biases and limits. Without them ours are next to nothing and next to
     infinite, since what is nothing would be left out and the form not be found; so of a model that has zeros there.
-    `x` has to be a Reshape's.
     """
-    x, index, weights, *matrices = (node.get_input(n) for n in range(node.get_input_size()))
-    count, width = node.get_attribute("experts"), x.get_partial_shape()[1].get_length()
     gate_up, rest = _of_each(matrices, node.get_attribute("quantized"), count)
     down, biases = _of_each(rest, node.get_attribute("quantized_down"), count)
-    height = gate_up.get_partial_shape()[1].get_length()
+    height, width = (one.get_partial_shape()[1].get_length() for one in (gate_up, down))
     alpha, added, limit = (node.get_attribute(name, default) for name, default in _PLAIN_GATE)
     wide = limit or _NEARLY_ALL
 
@@ -250,19 +261,20 @@ def _experts(node: Node) -> list[Output]:
             found = constant.get_data(dtype=np.float32).reshape(found.shape)
         return op.add(product, op.constant(np.where(found == 0, np.float32(_NEARLY_NOTHING), found)))
 
-    each = op.reshape(op.tile(x, ints([count, 1])), ints([count, -1, width]), False)
     both = with_bias(op.matmul(each, gate_up, False, True), 0, height)
     gate, up = (op.slice(both, ints([turn]), ints([height]), ints([2]), ints([2])) for turn in (0, 1))
     gated = op.swish(op.minimum(gate, op.constant(np.float32(wide))), op.constant(np.float32(alpha)))
     inner = op.multiply(op.add(op.clamp(up, -wide, wide), op.constant(np.float32(added or _NEARLY_NOTHING))), gated)
-    made = with_bias(op.matmul(inner, down, False, True), 1, width)
-    products = op.reshape(made, ints([count, 1, -1, width]), False)
-    tokens = op.gather(op.shape_of(x), ints([0]), op.constant(np.int64(0)))
-    nothing = op.broadcast(op.constant(np.float32(0)), op.concat([tokens, ints([count])], 0))
-    dense = op.scatter_elements_update(nothing, index, weights, op.constant(np.int64(1)))
-    shares = op.unsqueeze(op.reshape(op.transpose(dense, ints([1, 0])), ints([count, 1, -1]), False), ints(-1))
-    total = op.reduce_sum(op.multiply(products, shares), ints([0]), False)
-    return [op.reshape(total, ints([-1, width]), False).output(0)]
+    return with_bias(op.matmul(inner, down, False, True), 1, width)
+
+
+def _gelu_experts(each: Output, count: int, node: Node, matrices: list[Output], held: list[npt.NDArray[Any]]) -> Any:
+    """What each expert makes of all tokens [E, T, d]. The form of GELU has a product for gate and one for up."""
+    quantized = node.get_attribute("quantized")
+    gate, up = (_of_each(one, quantized, count)[0] for one in _gate_and_up(matrices[: 1 + quantized], held))
+    down, _ = _of_each(matrices[1 + quantized :], node.get_attribute("quantized_down"), count)
+    gated = op.gelu(op.matmul(each, gate, False, True), _GELU[node.get_attribute("activation")])
+    return op.matmul(op.multiply(gated, op.matmul(each, up, False, True)), down, False, True)
 
 
 class Conversions:
@@ -292,7 +304,7 @@ class Conversions:
         functions: dict[str, Callable[[Node], list[Output]]] = {
             "Weight": self._weight,
             "Linear": self._linear,
-            "Experts": _experts,
+            "Experts": self._experts,
             "Lookup": _lookup,
             "RMSNorm": _rms_norm,
             "Rotary": _rotary,
@@ -312,6 +324,24 @@ class Conversions:
         self.dtypes.add(dtype)
         constant = ov.op.Constant(ov.Tensor(array, ov.Shape(shape), _TYPES[dtype]))
         return [constant.output(0)]
+
+    def _experts(self, node: Node) -> list[Output]:
+        """All experts over all tokens, in a form of which OpenVINO makes GatherMatmul, which reads the matrices of the
+        chosen ones alone (2026.4, convert_tiled_moe_block_to_gather_matmuls.cpp). `x` has to be a Reshape's."""
+        x, index, weights, *matrices = (node.get_input(n) for n in range(node.get_input_size()))
+        count, width = node.get_attribute("experts"), x.get_partial_shape()[1].get_length()
+        each = op.reshape(op.tile(x, ints([count, 1])), ints([count, -1, width]), False).output(0)
+        if node.get_attribute("activation", _SILU) == _SILU:
+            made = _silu_experts(each, count, node, matrices)
+        else:
+            made = _gelu_experts(each, count, node, matrices, self._held)
+        products = op.reshape(made, ints([count, 1, -1, width]), False)
+        tokens = op.gather(op.shape_of(x), ints([0]), op.constant(np.int64(0)))
+        nothing = op.broadcast(op.constant(np.float32(0)), op.concat([tokens, ints([count])], 0))
+        dense = op.scatter_elements_update(nothing, index, weights, op.constant(np.int64(1)))
+        shares = op.unsqueeze(op.reshape(op.transpose(dense, ints([1, 0])), ints([count, 1, -1]), False), ints(-1))
+        total = op.reduce_sum(op.multiply(products, shares), ints([0]), False)
+        return [op.reshape(total, ints([-1, width]), False).output(0)]
 
     def _linear(self, node: Node) -> list[Output]:
         inputs = [node.get_input(n) for n in range(node.get_input_size())]
