@@ -6,6 +6,7 @@ Enters: a schema, as JSON makes it. Leaves: one without what llguidance would ge
 2. A whole number that one bound excludes is allowed where the other is less than 1 away. A bound next to it, which is
    included, does not allow it.
 3. An integer of `const` or `enum` beyond 2⁵³ is written rounded. It is refused.
+4. Names of properties that are texts, as zod writes for records, are a keyword that it does not know. All are texts.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ def followed(schema: Any) -> Any:
         return schema
     found: dict[str, Any] = {}
     for name, part in schema.items():
+        if name == "propertyNames" and part in (True, {}, {"type": "string"}):
+            continue
         if name in ("const", "enum"):
             _check_integers(part)
         if name in _BY_NAME and isinstance(part, Mapping):

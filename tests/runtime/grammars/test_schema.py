@@ -64,3 +64,11 @@ def test_an_integer_that_would_be_rounded_is_refused(grammars: Grammars) -> None
     for schema in ({"const": 2**53 + 1}, {"properties": {"id": {"enum": [1, {"a": [-(2**60)]}]}}}):
         with pytest.raises(InputError, match="too large"):
             grammars.json_schema(schema)
+
+
+@pytest.mark.parametrize("names", [True, {}, {"type": "string"}])
+def test_names_of_properties_may_be_said_to_be_texts(grammars: Grammars, names: Any) -> None:
+    record = {"type": "object", "propertyNames": names, "additionalProperties": {"type": "integer"}}
+    named = {"type": "array", "items": {"properties": {"propertyNames": {"const": 1}}}}
+    check(grammars, {"anyOf": [record, named]}, [{}, {"a": 1}, {"a": "x"}, [{"propertyNames": 1}]])
+    assert not is_allowed(grammars, named, [{"propertyNames": 2}])
