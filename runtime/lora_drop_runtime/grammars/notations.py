@@ -7,8 +7,9 @@ written, and what was written, as JSON.
     pair = key[0] name key[1] value behind
 
 Properties come in the order of the schema, and no others but where it names none. Followed are `$ref` within the
-schema, `anyOf`, `oneOf`, `allOf`, `enum`, `const`, `type`, `required`, and the lengths of texts; within quotes those
-of lists, too. What stands as JSON follows the whole of its schema.
+schema, `anyOf`, `oneOf`, `allOf`, `enum`, `const`, `type`, `required`, `additionalProperties`, and the lengths of
+texts; within quotes those of lists and their first items, too. Of texts `pattern` and `format` are not, and other
+keywords are refused. What stands as JSON follows the whole of its schema.
 """
 
 from __future__ import annotations
@@ -28,7 +29,17 @@ _TYPES = (_TEXT, *_SCALARS, _LIST, _OBJECT)  # what a schema without any allows;
 _SCALAR = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false|null")
 _NAME = re.compile(r"[A-Za-z0-9_.$@-]+")
 _DEFINITIONS = ("$defs", "definitions")
+_IN_DEFINITIONS = tuple(f"#/{name}/" for name in _DEFINITIONS)
+_ROOT = "root"  # the definition that a whole schema becomes
+_OF_OBJECTS = ("patternProperties", "propertyNames", "dependentRequired", "dependentSchemas", "dependencies")
+_OF_LISTS = ("uniqueItems", "contains")
+_LEAST = ("minLength", "minItems", "minProperties", "minimum", "exclusiveMinimum")
+_MOST = ("maxLength", "maxItems", "maxProperties", "maximum", "exclusiveMaximum")
+_SCHEMAS = ("items", "additionalProperties")
+_CASES = ("$ref", "anyOf", "oneOf")
+_NOTES = ("title", "description", "default", "examples", "deprecated", "$comment", "$schema", "$id")
 _MOST_PARTS = 4096  # of a schema that are looked at: references may say more than is written
+_MOST_CHARACTERS = 1 << 19  # of rules
 _MOST_LEVELS = 64  # of values in values, and of schemas in schemas
 _MOST_LENGTH = 1 << 16  # of texts and lists, where a schema says one
 
@@ -72,11 +83,83 @@ def _listed(schema: Mapping[str, Any], name: str) -> list[Any]:
     return found
 
 
+def _check_words(schema: Mapping[str, Any], words: Sequence[str]) -> None:
+    """Raises InputError where a schema has one of these, or one that rules do not follow anywhere."""
+    for word in (*words, "not", "if"):
+        if schema.get(word):
+            raise _refused(f"{word} is not followed")
+
+
 def _counted(schema: Mapping[str, Any], name: str) -> int | None:
     found = schema.get(name)
     if found is not None and (not isinstance(found, int) or not 0 <= found <= _MOST_LENGTH):
         raise _refused(f"{name} is {found!r:.80}, and no number up to {_MOST_LENGTH}")
     return found
+
+
+def _both(one: object, other: object) -> Any:
+    """A schema of what two allow."""
+    if one is False or other is False:
+        return False
+    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
+        return one if isinstance(one, Mapping) else other if isinstance(other, Mapping) else {}
+    found = {**one, **other}
+    for word in (word for word in one if word in other and one[word] != other[word]):
+        values = one[word], other[word]
+        if word == "type":
+            found[word] = _types_in_both(*map(_as_list, values))
+        elif word == "enum":
+            found[word] = _in_both(_listed(one, word), _listed(other, word))
+        elif word in ("required", "allOf"):
+            found[word] = [*_listed(one, word), *_listed(other, word)]
+        elif word in _CASES:
+            found |= {word: values[0], "allOf": [*_listed(found, "allOf"), {word: values[1]}]}
+        elif word in _SCHEMAS and not any(isinstance(value, list) for value in values):
+            found[word] = _all_of(*values)
+        elif word in (*_LEAST, *_MOST) and all(_type_of(value) == "number" for value in values):
+            found[word] = (max if word in _LEAST else min)(values)
+        elif word not in (*_NOTES, *_DEFINITIONS, "properties"):
+            raise _refused(f"{word} is both {values[0]!r:.80} and {values[1]!r:.80}")
+    if all("properties" in schema or "additionalProperties" in schema for schema in (one, other)):
+        names = {**_named(one), **_named(other)}
+        parts = {name: _all_of(_part(one, name), _part(other, name)) for name in names}
+        found["properties"] = {name: part for name, part in parts.items() if part is not False}
+    return found
+
+
+def _in_both(one: list[Any], other: list[Any]) -> list[Any]:
+    """Values."""
+    known = {json.dumps(value) for value in other}
+    return [value for value in one if json.dumps(value) in known]
+
+
+def _types_in_both(one: list[Any], other: list[Any]) -> list[Any]:
+    """An integer is a number."""
+    known = [[*types, *(["integer"] if "number" in types else [])] for types in (one, other)]
+    both = _in_both(*known)
+    return [kind for kind in both if kind != "integer" or "number" not in both]
+
+
+def _all_of(one: object, other: object) -> Any:
+    if one is False or other is False:
+        return False
+    given = [part for part in (one, other) if isinstance(part, Mapping) and part]
+    return {"allOf": given} if len(given) == 2 and one != other else given[0] if given else {}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _named(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Schemas of the properties that a schema names."""
+    found = schema.get("properties")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _part(schema: Mapping[str, Any], name: str) -> Any:
+    """The schema of a property, which may be one that is not named."""
+    return _named(schema).get(name, schema.get("additionalProperties", {}))
 
 
 def _type_of(value: object) -> str:
@@ -86,6 +169,32 @@ def _type_of(value: object) -> str:
     if isinstance(value, int | float):
         return "number"
     return _TEXT if isinstance(value, str) else _LIST if isinstance(value, list) else _OBJECT
+
+
+def _references(schema: object) -> Iterator[str]:
+    """Paths of what a schema refers to."""
+    if isinstance(schema, Mapping) and isinstance(schema.get("$ref"), str):
+        yield schema["$ref"]
+    parts = schema.values() if isinstance(schema, Mapping) else schema if isinstance(schema, list) else ()
+    for part in parts:
+        yield from _references(part)
+
+
+def _moved(schema: object) -> Any:
+    """What refers to the root, where that is a definition."""
+    if isinstance(schema, list):
+        return [_moved(part) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    found = {name: _moved(part) for name, part in schema.items()}
+    path = found.get("$ref")
+    return {**found, "$ref": f"#/$defs/{_ROOT}{path[1:]}"} if isinstance(path, str) and path.startswith("#") else found
+
+
+def _has_type(value: object, types: Sequence[str]) -> bool:
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    kind = _type_of(value)
+    return kind in types or (kind == "number" and is_whole and "integer" in types)
 
 
 class Arguments:
@@ -100,10 +209,12 @@ class Arguments:
         self._looked_at = 0
 
     @functools.cached_property
-    def _known(self) -> dict[str, Any]:
-        """Schema of each parameter."""
+    def _known(self) -> tuple[dict[str, Any], Any]:
+        """Schema of each parameter, and of those that none names."""
         self._looked_at = 0
-        return {name: part for one in self.objects() for name, part in self.properties(one)[0].items()}
+        objects = self.objects()
+        known = {name: part for one in objects for name, part in self.properties(one)[0].items()}
+        return known, next((other for one in objects if (other := one.get("additionalProperties"))), {})
 
     def objects(self) -> list[dict[str, Any]]:
         """What the arguments may be."""
@@ -119,6 +230,11 @@ class Arguments:
                 raise _refused(f"{path:.100} is not in the schema")
             found = found[name]
         return found
+
+    def _both(self, one: object, other: object) -> Any:
+        """As `_both`, of which the properties count as parts."""
+        self._looked_at += sum(len(_named(schema)) for schema in (one, other) if isinstance(schema, Mapping))
+        return _both(one, other)
 
     def alternatives(self, schema: object, level: int = 0) -> Iterator[tuple[str, Any]]:
         """What a value may be: ("const", value), or a type and a schema.
@@ -136,36 +252,35 @@ class Arguments:
         rest = dict(schema)
         if "$ref" in rest:
             target = self._referred(str(rest.pop("$ref")))
-            yield from self.alternatives({**target, **rest} if isinstance(target, Mapping) else target, level + 1)
+            yield from self.alternatives(self._both(rest, target), level + 1)
             return
         for word in ("anyOf", "oneOf"):
             if parts := _listed(rest, word):
                 rest.pop(word)
                 for part in parts:
-                    yield from self.alternatives({**rest, **part} if isinstance(part, Mapping) else part, level + 1)
+                    yield from self.alternatives(self._both(rest, part), level + 1)
                 return
         if parts := _listed(rest, "allOf"):
             rest.pop("allOf")
-            for part in parts:
-                rest |= part if isinstance(part, Mapping) else {}
-            yield from self.alternatives(rest, level + 1)
-            return
-        if "const" in rest or "enum" in rest:
-            for value in [rest["const"]] if "const" in rest else _listed(rest, "enum"):
-                yield _CONST, value
+            yield from self.alternatives(functools.reduce(self._both, parts, rest), level + 1)
             return
         types = rest.get("type", _LIST if "items" in rest else _OBJECT if "properties" in rest else _TYPES)
-        for one in [types] if isinstance(types, str) else types:
+        types = [types] if isinstance(types, str) else types
+        for one in types:
             if one not in (*_TYPES, "integer"):
                 raise _refused(f"{one!r:.80} is no type")
+        if "const" in rest or "enum" in rest:
+            for value in [rest["const"]] if "const" in rest else _listed(rest, "enum"):
+                if "type" not in rest or _has_type(value, types):
+                    yield _CONST, value
+            return
+        for one in types:
             yield ("number" if one == "integer" else one), {**rest, "type": one}
 
     def properties(self, schema: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
         """Schema of each property, and the names of those that are required."""
         required = [name for name in _listed(schema, "required") if isinstance(name, str)]
-        found = schema.get("properties")
-        known = dict(found) if isinstance(found, Mapping) else {}
-        return {**known, **{name: known.get(name, {}) for name in required}}, set(required)
+        return {**_named(schema), **{name: _part(schema, name) for name in required}}, set(required)
 
     # ── rules ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -182,7 +297,12 @@ class Arguments:
 
     def as_json(self, schema: Mapping[str, Any]) -> dict[str, Any]:
         """A part of the schema, with what it may refer to."""
-        return {**schema, **{name: self._root[name] for name in _DEFINITIONS if name in self._root}}
+        if not any(_references(schema)):
+            return dict(schema)
+        definitions = {name: self._root[name] for name in _DEFINITIONS if name in self._root}
+        if all(path.startswith(_IN_DEFINITIONS) for path in _references([schema, definitions])):
+            return {**schema, **definitions}
+        return {**_moved(schema), "$defs": {_ROOT: _moved(self._root)}}
 
     # ── what was written ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -193,7 +313,7 @@ class Arguments:
 
     def _read_pairs(self, text: str, place: int, key: tuple[str, str], level: int) -> tuple[list[str], int] | None:
         notation, pairs = self._notation, list[str]()
-        known = {} if level or notation.quote else self._known
+        known, other = ({}, {}) if level or notation.quote else self._known
         while True:
             begin = place + len(notation.between) if pairs and text.startswith(notation.between, place) else place
             name = _NAME.match(text, begin + len(key[0])) if text.startswith(key[0], begin) else None
@@ -203,7 +323,7 @@ class Arguments:
                 or (pairs and notation.between and begin == place)
             ):
                 return pairs, place
-            found = self._read_value(text, name.end() + len(key[1]), known.get(name[0], {}), level)
+            found = self._read_value(text, name.end() + len(key[1]), known.get(name[0], other), level)
             if found is None or not text.startswith(notation.behind, found[1]):
                 return None
             pairs.append(f"{json.dumps(name[0])}: {found[0]}")
@@ -243,12 +363,14 @@ class Arguments:
     def _text_or_json(self, value: str, schema: object) -> str:
         """As JSON: what the schema takes for JSON of another type, or else the text."""
         self._looked_at = 0
-        kinds = {_type_of(schema) if kind == _CONST else kind for kind, schema in self.alternatives(schema)}
+        allowed = list(self.alternatives(schema))
         try:
             found = json.loads(value, parse_constant=_no_number)
         except (ValueError, RecursionError):
             found = value
-        is_json = not isinstance(found, str) and _type_of(found) in kinds and value == value.strip()
+        kind = _type_of(found)
+        fits = any(kind == one or (one == _CONST and kind == _type_of(part) and found == part) for one, part in allowed)
+        is_json = kind != _TEXT and fits and value == value.strip()
         return value if is_json else json.dumps(value, ensure_ascii=False)
 
 
@@ -267,7 +389,7 @@ class _Rules:
         self._piece, self._json_schema = piece, json_schema
         self._rules = list[str]()
         self._known = dict[str, str]()  # part of a schema → its rule
-        self._count = 0
+        self._count, self._characters = 0, 0
 
     def all(self) -> list[str]:
         bodies = [self._pairs(part) for part in self._arguments.objects()]
@@ -277,8 +399,18 @@ class _Rules:
 
     def _new(self, body: str, attribute: str = "") -> str:
         name = self._next()
+        self._checked_size(len(body))
         self._rules.append(f"{name}{attribute}: {body}")
         return name
+
+    def _new_json(self, schema: Mapping[str, Any]) -> str:
+        return self._new(f"%json {self._json_schema(self._arguments.as_json(schema))}")
+
+    def _checked_size(self, characters: int) -> None:
+        """Count characters; references and alternatives may say a part many times."""
+        self._characters += characters
+        if self._characters > _MOST_CHARACTERS:
+            raise _refused("it is too large")
 
     def _next(self) -> str:
         self._count += 1
@@ -288,13 +420,20 @@ class _Rules:
 
     def _pairs(self, schema: Mapping[str, Any]) -> str:
         """What an object's pairs may be; some may be left out, and what stands between them with it."""
+        _check_words(schema, _OF_OBJECTS)
         properties, required = self._arguments.properties(schema)
+        if (_counted(schema, "minProperties") or 0) > len(required):
+            raise _refused("minProperties asks for more than required does")
+        most = _counted(schema, "maxProperties")
+        if most is not None and (most < len(properties) or not properties):
+            raise _refused("maxProperties allows fewer than there are")
         between, key = self._piece(self._notation.between), self._notation.key
         if not properties:
             if schema.get("additionalProperties", True) is False:
                 return '""'
             name = self._new_terminal(_NAME.pattern)
-            pair = f"{self._piece(key[0])} {name} {self._piece(key[1])} {self._value({})} {self._behind}"
+            value = self._value(schema.get("additionalProperties", {}))
+            pair = f"{self._piece(key[0])} {name} {self._piece(key[1])} {value} {self._behind}"
             return f"({pair} ({between} {pair})*)?"
         first = more = self._new('""')
         for name, part in reversed(properties.items()):
@@ -343,8 +482,9 @@ class _Rules:
             else:
                 others.append({"const": part} if kind == _CONST else part)
         if others:
-            schema = others[0] if len(others) == 1 else {"anyOf": others}
-            value = self._new(f"%json {self._json_schema(self._arguments.as_json(schema))}")
+            for part in others:
+                self._checked_size(len(json.dumps(part)))
+            value = self._new_json(others[0] if len(others) == 1 else {"anyOf": others})
             bodies.append(f"{value} {self._piece(behind)}")
         return bodies
 
@@ -360,7 +500,7 @@ class _Rules:
             elif kind == _OBJECT:
                 bodies.append(f'"{{" {self._pairs(part)} "}}"')
             else:
-                bodies.append(self._new(f"%json {self._json_schema(self._arguments.as_json(part))}"))
+                bodies.append(self._new_json(part))
         return bodies
 
     def _constant(self, value: object) -> str:
@@ -375,16 +515,32 @@ class _Rules:
         return json.dumps(json.dumps(value))
 
     def _list(self, schema: Mapping[str, Any]) -> str:
-        item = self._value(schema.get("items", {}))
+        """A list; the first items may have schemas of their own."""
+        _check_words(schema, _OF_LISTS)
         least, most = _counted(schema, "minItems") or 0, _counted(schema, "maxItems")
-        if most == 0:
-            return '"[" "]"'
-        span = f"{{{max(least - 1, 0)},{'' if most is None else max(most, 1) - 1}}}"
-        items = f'{item} ("," {item}){span}'
-        return f'"[" {items} "]"' if least else f'"[" ({items})? "]"'
+        is_old = isinstance(schema.get("items"), list)
+        first = _listed(schema, "items" if is_old else "prefixItems")
+        other = schema.get("additionalItems" if is_old else "items", {})
+        if other is False:
+            most = min(len(first), len(first) if most is None else most)
+        elif not first:
+            first = [other]
+        if most is not None and most < least:
+            raise _refused("a list allows fewer items than it needs")
+        first = first[:most]
+        items = ""
+        if most is None or most > len(first):
+            span = f"{{{max(least - len(first), 0)},{'' if most is None else most - len(first)}}}"
+            items = f'("," {self._value(other)}){span}'
+        for n, part in reversed(list(enumerate(first))):
+            items = f"{self._value(part)} {items}"
+            items = f'"," {items}' if n else items
+            items = f"({items})?" if n >= least else items
+        return f'"[" {items} "]"'
 
     def _text(self, schema: Mapping[str, Any], end: str) -> str:
         """A text and what ends it."""
+        _check_words(schema, ())
         least, most, closing = _counted(schema, "minLength") or 0, _counted(schema, "maxLength"), self._piece(end)
         if most == 0:
             return closing

@@ -483,8 +483,82 @@ def test_calls_are_found_in_a_text(style: str) -> None:
             [{"a": {"v": 1}}, {"a": {"v": 1, "next": [{"v": 2}, {"v": 3, "next": []}]}}],
             [{"a": {"v": "1"}}, {"a": {"v": 1, "next": [{}]}}],
         ),
+        (
+            {
+                "a": {"allOf": [{"$ref": "#/$defs/n"}, {"type": "number", "minimum": 1}, {"$ref": "#/$defs/least"}]},
+                "b": {
+                    "type": "object",
+                    "properties": {"x": {"type": "integer"}, "y": {"type": "integer"}},
+                    "required": ["x"],
+                    "anyOf": [{"required": ["y"]}, {"properties": {"z": {"type": "boolean"}}, "required": ["z"]}],
+                },
+                "c": {
+                    "allOf": [
+                        {"properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False},
+                        {"properties": {"x": {"minimum": 5}, "y": {}}},
+                    ],
+                    "type": "object",
+                },
+            },
+            [{"a": 2}, {"a": 3, "b": {"x": 1, "y": 2}}, {"a": 2, "b": {"x": 1, "z": True}, "c": {"x": 5}}],
+            [
+                {"a": 1},
+                {"a": 4},
+                {"a": 2, "b": {"y": 1}},
+                {"a": 2, "b": {"x": 1}},
+                {"a": 2, "c": {"x": 4}},
+                {"a": 2, "c": {"x": 5, "y": 1}},
+                {"a": 2, "c": {}},
+            ],
+        ),
+        (
+            {"a": {"type": "object", "additionalProperties": {"type": "integer"}, "propertyNames": {"type": "string"}}},
+            [{"a": {}}, {"a": {"x": 1, "y": 2}}],
+            [{"a": {"x": "1"}}, {"a": {"x": 1, "y": None}}],
+        ),
+        (
+            {
+                "a": {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "boolean"}], "minItems": 2},
+                "b": {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "boolean"}], "items": False},
+                "c": {"type": "array", "prefixItems": [{"type": "integer"}], "items": {"type": "null"}, "maxItems": 3},
+            },
+            [{"a": [1, True]}, {"a": [1, True, None], "b": [], "c": []}, {"a": [1, True, 2, 3], "b": [2], "c": [3]}],
+            [
+                {"a": [1]},
+                {"a": [True, 1]},
+                {"a": [1, True], "b": [1, True, 1]},
+                {"a": [1, True], "c": [1, 2]},
+                {"a": [1, True], "c": [1, None, None, None]},
+            ],
+        ),
+        (
+            {
+                "a": {"type": "integer", "maximum": 5},
+                "b": {"type": "array", "items": {"$ref": "#"}},
+                "c": {"type": "array", "items": {"$ref": "#/properties/a"}},
+            },
+            [{"a": 1, "b": [{"a": 2}, {"a": 3, "b": [], "c": [4]}]}, {"a": 1, "c": [2]}],
+            [{"a": 1, "b": [[]]}, {"a": 1, "b": [{"b": []}]}, {"a": 1, "c": [6]}, {"a": 1, "b": [{"a": 6}]}],
+        ),
+        (
+            {"a": {"enum": ["1", "x", 2]}, "b": {"type": "integer", "enum": [1, "2"]}},
+            [{"a": "1"}, {"a": 2, "b": 1}],
+            [{"a": "x", "b": 2}],
+        ),
     ],
-    ids=["texts", "references", "nested", "lengths", "free", "recursive"],
+    ids=[
+        "texts",
+        "references",
+        "nested",
+        "lengths",
+        "free",
+        "recursive",
+        "both",
+        "records",
+        "tuples",
+        "root",
+        "constants",
+    ],
 )
 def test_arguments_that_are_written_one_by_one(
     grammars: Grammars, style: str, parameters: dict[str, Any] | None, right: list[Any], others: list[Any]
@@ -494,7 +568,7 @@ def test_arguments_that_are_written_one_by_one(
         "properties": {"v": {"type": "integer"}, "next": {"type": "array", "items": {"$ref": "#/$defs/tree"}}},
         "required": ["v"],
     }
-    definitions = {"n": {"type": "integer", "minimum": 0, "maximum": 3}, "tree": tree}
+    definitions = {"n": {"type": "integer", "minimum": 0, "maximum": 3}, "least": {"minimum": 2}, "tree": tree}
     schema = {"type": "object", "$defs": definitions}
     if parameters is not None:
         schema |= {"properties": parameters, "required": ["a"]}
@@ -530,6 +604,52 @@ def test_arguments_that_are_written_one_by_one(
 def test_parameters_that_cannot_be_written_one_by_one(grammars: Grammars, parameters: Any, reason: str) -> None:
     schema = {"type": "object", "properties": parameters}
     calls = Tools([{"type": "function", "function": {"name": "f", "parameters": schema}}]).calls(TEMPLATES["xml"])
+    assert calls is not None
+    assert_refused(lambda: calls.constraint(grammars), "parameters of a tool cannot be followed", reason)
+
+
+@pytest.mark.parametrize("style", ["xml", "glm47", "gemma"])
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong"),
+    [("string", {"x": "3", "y": "z"}, None), ("integer", {"x": 3}, {"x": "z"})],
+    ids=["string", "integer"],
+)
+def test_parameters_without_names_have_a_schema(
+    grammars: Grammars, style: str, kind: str, right: Any, wrong: Any
+) -> None:
+    schema = {"type": "object", "additionalProperties": {"type": kind}}
+    calls = Tools([{"type": "function", "function": {"name": "f", "parameters": schema}}], "required").calls(
+        TEMPLATES[style]
+    )
+    assert calls is not None
+    text = written(style, ("f", json.dumps(right)))
+    assert accepts(grammars, calls.constraint(grammars), text)
+    assert [json.loads(call.arguments) for call in calls.find(text)[1]] == [right]
+    if wrong is not None:
+        assert not accepts(grammars, calls.constraint(grammars), written(style, ("f", json.dumps(wrong))))
+
+
+@pytest.mark.parametrize(
+    ("parameter", "reason"),
+    [
+        ({"type": "array", "uniqueItems": True}, "uniqueItems is not followed"),
+        ({"type": "array", "contains": {"const": 1}}, "contains is not followed"),
+        ({"type": "array", "minItems": 2, "maxItems": 1}, "fewer items than it needs"),
+        ({"type": "object", "patternProperties": {"^x": {}}}, "patternProperties is not followed"),
+        ({"type": "object", "minProperties": 1}, "minProperties"),
+        ({"type": "object", "maxProperties": 1}, "maxProperties"),
+        ({"type": "string", "not": {"const": ""}}, "not is not followed"),
+        ({"allOf": [{"pattern": "a"}, {"pattern": "b"}]}, "pattern is both 'a' and 'b'"),
+        ({"allOf": [{"type": "integer"}, {"type": "string"}]}, "allows no value"),
+        (
+            {"anyOf": [{"type": "integer", "minimum": n} for n in range(2000)], "description": "x" * 100_000},
+            "it is too large",
+        ),
+    ],
+)
+def test_what_is_not_followed_in_quotes_is_refused(grammars: Grammars, parameter: Any, reason: str) -> None:
+    schema = {"type": "object", "properties": {"a": parameter}}
+    calls = Tools([{"type": "function", "function": {"name": "f", "parameters": schema}}]).calls(TEMPLATES["gemma"])
     assert calls is not None
     assert_refused(lambda: calls.constraint(grammars), "parameters of a tool cannot be followed", reason)
 
