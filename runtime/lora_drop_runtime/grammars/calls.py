@@ -260,10 +260,12 @@ class Calls:
 
     def find(self, text: str) -> tuple[str, list[ToolCall]]:
         """What a finished text, which keeps the marks, says beside its calls, and the calls. One that is not at its end
-        is text."""
+        is text with all behind it, since an argument may quote calls."""
         rest, calls, place = list[str](), list[ToolCall](), 0
         for begin in re.finditer(re.escape(self._style.begin) or r"\A\s*", text, re.ASCII):
             section = self._section(text, begin.end()) if begin.start() >= place else None
+            if section is not None and not section[0]:
+                break
             if section is not None:
                 calls += section[0]
                 rest.append(text[place : begin.start()])
@@ -297,18 +299,21 @@ class Calls:
         return None if end is None else (text[place:end], end)
 
     def _section(self, text: str, place: int) -> tuple[list[ToolCall], int] | None:
-        """The calls of a section whose mark ends here, and where it ends; None where it is none."""
+        """The calls of a section whose mark ends here, and where it ends; no calls where it does not, and None where no
+        call of a tool begins."""
         style, calls = self._style, list[ToolCall]()
         piece, closing = style.opening, style.closing + style.end
         while text.startswith(piece, place):
             head = self._head.match(text, place + len(piece))
-            found = None if head is None or head[1] not in self._functions else self._read(head[1], text, head.end())
-            if head is None or found is None or not text.startswith(style.tail, found[1]):
-                return None
+            if head is None or head[1] not in self._functions:
+                return ([], place) if calls else None
+            found = self._read(head[1], text, head.end())
+            if found is None or not text.startswith(style.tail, found[1]):
+                return [], place
             calls.append(ToolCall(head[1], found[0]))
             place = found[1] + len(style.tail)
             if style.between is None:
                 break
             piece = style.between
         ends = text.startswith(closing, place) and (style.begin or not text[place:].strip())
-        return (calls, place + len(closing)) if calls and ends else None
+        return (calls if ends else [], place + len(closing)) if calls else None

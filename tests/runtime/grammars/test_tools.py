@@ -671,6 +671,24 @@ def test_what_is_no_call_is_text() -> None:
         assert calls.find(f"{one}{broken}") == (broken, [call])
 
 
+@pytest.mark.parametrize("style", [style for style in AMID + LISTS if style != "gemma"])
+def test_a_call_that_an_argument_quotes_is_none(style: str) -> None:
+    """Neither while its call is being written, nor where that is cut. Gemma's texts have no quotes within."""
+    calls = Tools([{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]).calls(
+        TEMPLATES[style]
+    )
+    assert calls is not None
+    inner = written(style, ("f", "{}"))
+    text = written(style, ("f", json.dumps({"a": f"So: {inner} is one."})))
+    (call,) = calls.find(text)[1]
+    assert inner in json.loads(call.arguments)["a"]
+    for end in range(len(text)):
+        assert calls.find(text[:end]) == (text[:end], []), text[:end]
+    stream = calls.stream()
+    told = [found for character in text for found in stream.push(character)[1]]
+    assert told + stream.finish()[1] == [call]
+
+
 def test_no_call_is_no_constraint() -> None:
     tools = Tools(TOOLS, "none")
     assert tools.calls(TEMPLATES["hermes"]) is None
