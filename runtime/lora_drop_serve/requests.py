@@ -18,7 +18,7 @@ from lora_drop_runtime.decoding.sampling import MOST_BIASES, SamplingOptions
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.files import is_utf8
 from lora_drop_runtime.grammars.calls import AUTO, NONE
-from lora_drop_runtime.grammars.tools import Tools
+from lora_drop_runtime.grammars.tools import MOST_TOOLS, Tools
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -35,7 +35,6 @@ from .errors import ApiError, refused
 MOST_BODY_BYTES = 4 << 20
 MOST_FIELDS = 128  # of an object that is not a schema
 MOST_PROMPTS = MOST_MESSAGES = MOST_PARTS = 4096  # each is looked at by itself, while nobody else is answered
-MOST_TOOLS = 1024  # likewise; the API takes 128
 MOST_STOPS, MOST_STOP_CHARACTERS = 32, 256  # each is looked for at each token
 MOST_TOP = 20  # logprobs of a token
 MOST_CHOICES = 128

@@ -371,6 +371,14 @@ def test_what_leads_beyond_a_limit_is_named(
     served.await_rows(0)
 
 
+def test_as_many_tools_are_described_as_are_taken(served: Served) -> None:
+    described = served.http.get("/openapi.json").json()["components"]["schemas"]["ChatRequest"]["properties"]["tools"]
+    (most,) = (one["maxItems"] for one in described["anyOf"] if "maxItems" in one)
+    tools = [{"type": "function", "function": {"name": f"f{n}"}} for n in range(most)]
+    body = {"messages": HI, "max_tokens": 1, "tools": tools, "tool_choice": "none"}
+    assert served.http.post(CHAT, json=body).status_code == 200
+
+
 def test_completions_have_no_tools(served: Served) -> None:
     check_error(served.http.post(COMPLETIONS, json={"prompt": "Hi", "tools": TOOLS}), 400, "tools")
 
