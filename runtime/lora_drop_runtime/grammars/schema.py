@@ -7,6 +7,7 @@ Enters: a schema, as JSON makes it. Leaves: one without what llguidance would ge
    included, does not allow it.
 3. An integer of `const` or `enum` beyond 2⁵³ is written rounded. It is refused.
 4. Names of properties that are texts, as zod writes for records, are a keyword that it does not know. All are texts.
+5. A format that JSON Schema has not, such as pydantic's `path`, is a note, which llguidance refuses.
 """
 
 from __future__ import annotations
@@ -20,6 +21,22 @@ from lora_drop_runtime.errors import InputError
 _NEXT = 2.0**-40  # from 1 to a number next to it; llguidance does not read all digits of the very next
 _EXACT = 1 << 53  # integers up to here are floats
 _NEGATED = re.compile(r"(\\.)|\[\^", re.DOTALL)
+_FORMATS = (  # of JSON Schema; llguidance follows some, and refuses the others
+    *(
+        "date-time",
+        "time",
+        "date",
+        "duration",
+        "email",
+        "idn-email",
+        "hostname",
+        "idn-hostname",
+        "ipv4",
+        "ipv6",
+        "uuid",
+    ),
+    *("uri", "uri-reference", "iri", "iri-reference", "uri-template", "json-pointer", "relative-json-pointer", "regex"),
+)
 _VALUES = ("const", "enum", "default", "examples")  # no schemas in them
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions")  # their keys are no keywords
 
@@ -73,6 +90,8 @@ def followed(schema: Any) -> Any:
     found: dict[str, Any] = {}
     for name, part in schema.items():
         if name == "propertyNames" and part in (True, {}, {"type": "string"}):
+            continue
+        if name == "format" and isinstance(part, str) and part not in _FORMATS:
             continue
         if name in ("const", "enum"):
             _check_integers(part)

@@ -72,3 +72,12 @@ def test_names_of_properties_may_be_said_to_be_texts(grammars: Grammars, names: 
     named = {"type": "array", "items": {"properties": {"propertyNames": {"const": 1}}}}
     check(grammars, {"anyOf": [record, named]}, [{}, {"a": 1}, {"a": "x"}, [{"propertyNames": 1}]])
     assert not is_allowed(grammars, named, [{"propertyNames": 2}])
+
+
+def test_a_format_that_json_schema_has_not_is_a_note(grammars: Grammars) -> None:
+    named = {"type": "object", "properties": {"format": {"type": "string", "format": "path", "maxLength": 3}}}
+    check(grammars, named | {"additionalProperties": False}, [{"format": "/a"}, {"format": "/abc"}, {"format": 1}, {}])
+    assert is_allowed(grammars, {"type": "string", "format": "date"}, "2026-01-31")
+    assert not is_allowed(grammars, {"type": "string", "format": "date"}, "/a")
+    with pytest.raises(InputError, match="regex"):
+        grammars.json_schema({"type": "string", "format": "regex"})
