@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -225,7 +226,7 @@ class Arguments:
     def _referred(self, path: str) -> Any:
         found: Any = self._root
         for part in path.removeprefix("#").split("/")[1:]:
-            name = part.replace("~1", "/").replace("~0", "~")
+            name = urllib.parse.unquote(part).replace("~1", "/").replace("~0", "~")
             if not isinstance(found, Mapping) or name not in found:
                 raise _refused(f"{path:.100} is not in the schema")
             found = found[name]

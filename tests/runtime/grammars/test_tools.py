@@ -450,8 +450,9 @@ def test_calls_are_found_in_a_text(style: str) -> None:
                 "a": {"$ref": "#/$defs/n"},
                 "b": {"allOf": [{"$ref": "#/$defs/n"}], "default": 1},
                 "c": {"enum": ["e <x>", 1]},
+                "d": {"$ref": "#/$defs/of%5Bn%5D"},
             },
-            [{"a": 1, "b": 2, "c": "e <x>"}, {"a": 0, "c": 1}],
+            [{"a": 1, "b": 2, "c": "e <x>"}, {"a": 0, "c": 1}, {"a": 0, "d": None}],
             [{"a": 4}, {"a": "x"}, {"a": 1, "b": -1}, {"a": 1, "c": "e"}, {"a": 1, "c": 2}, {"a": 1, "d": 2}],
         ),
         (
@@ -569,6 +570,7 @@ def test_arguments_that_are_written_one_by_one(
         "required": ["v"],
     }
     definitions = {"n": {"type": "integer", "minimum": 0, "maximum": 3}, "least": {"minimum": 2}, "tree": tree}
+    definitions["of[n]"] = {"type": "null"}
     schema = {"type": "object", "$defs": definitions}
     if parameters is not None:
         schema |= {"properties": parameters, "required": ["a"]}
