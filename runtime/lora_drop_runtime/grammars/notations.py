@@ -20,6 +20,7 @@ import re
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import ge, gt, le, lt
 from typing import Any
 
 from lora_drop_runtime.errors import InputError
@@ -37,6 +38,8 @@ _OF_LISTS = ("uniqueItems", "contains")
 _LEAST = ("minLength", "minItems", "minProperties", "minimum", "exclusiveMinimum")
 _MOST = ("maxLength", "maxItems", "maxProperties", "maximum", "exclusiveMaximum")
 _SCHEMAS = ("items", "additionalProperties")
+_BOUNDS = {"minimum": ge, "maximum": le, "exclusiveMinimum": gt, "exclusiveMaximum": lt}
+_LENGTHS = {"minLength": ge, "maxLength": le}
 _CASES = ("$ref", "anyOf", "oneOf")
 _NOTES = ("title", "description", "default", "examples", "deprecated", "$comment", "$schema", "$id")
 _MOST_PARTS = 4096  # of a schema that are looked at: references may say more than is written
@@ -98,6 +101,56 @@ def _counted(schema: Mapping[str, Any], name: str) -> int | None:
     return found
 
 
+def _type_of(value: object) -> str:
+    """The JSON type."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "boolean"
+    if isinstance(value, int | float):
+        return "number"
+    return _TEXT if isinstance(value, str) else _LIST if isinstance(value, list) else _OBJECT
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _named(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Schemas of the properties that a schema names."""
+    found = schema.get("properties")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _part(schema: Mapping[str, Any], name: str) -> Any:
+    """The schema of a property, which may be one that is not named."""
+    return _named(schema).get(name, schema.get("additionalProperties", {}))
+
+
+def _item(schema: Mapping[str, Any], place: int) -> Any:
+    """The schema of an item of a list."""
+    first = _listed(schema, "prefixItems")
+    return first[place] if place < len(first) else schema.get("items", {})
+
+
+def _all_of(one: object, other: object) -> Any:
+    if one is False or other is False:
+        return False
+    given = [part for part in (one, other) if isinstance(part, Mapping) and part]
+    return {"allOf": given} if len(given) == 2 and one != other else given[0] if given else {}
+
+
+def _in_both(one: list[Any], other: list[Any]) -> list[Any]:
+    """Values."""
+    known = {json.dumps(value) for value in other}
+    return [value for value in one if json.dumps(value) in known]
+
+
+def _types_in_both(one: list[Any], other: list[Any]) -> list[Any]:
+    """An integer is a number."""
+    known = [[*types, *(["integer"] if "number" in types else [])] for types in (one, other)]
+    both = _in_both(*known)
+    return [kind for kind in both if kind != "integer" or "number" not in both]
+
+
 def _both(one: object, other: object) -> Any:
     """A schema of what two allow."""
     if one is False or other is False:
@@ -119,57 +172,15 @@ def _both(one: object, other: object) -> Any:
             found[word] = _all_of(*values)
         elif word in (*_LEAST, *_MOST) and all(_type_of(value) == "number" for value in values):
             found[word] = (max if word in _LEAST else min)(values)
-        elif word not in (*_NOTES, *_DEFINITIONS, "properties"):
+        elif word not in (*_NOTES, *_DEFINITIONS, "properties", "prefixItems"):
             raise _refused(f"{word} is both {values[0]!r:.80} and {values[1]!r:.80}")
     if all("properties" in schema or "additionalProperties" in schema for schema in (one, other)):
         names = {**_named(one), **_named(other)}
         parts = {name: _all_of(_part(one, name), _part(other, name)) for name in names}
         found["properties"] = {name: part for name, part in parts.items() if part is not False}
+    if first := max(len(_listed(schema, "prefixItems")) for schema in (one, other)):
+        found["prefixItems"] = [_all_of(_item(one, n), _item(other, n)) for n in range(first)]
     return found
-
-
-def _in_both(one: list[Any], other: list[Any]) -> list[Any]:
-    """Values."""
-    known = {json.dumps(value) for value in other}
-    return [value for value in one if json.dumps(value) in known]
-
-
-def _types_in_both(one: list[Any], other: list[Any]) -> list[Any]:
-    """An integer is a number."""
-    known = [[*types, *(["integer"] if "number" in types else [])] for types in (one, other)]
-    both = _in_both(*known)
-    return [kind for kind in both if kind != "integer" or "number" not in both]
-
-
-def _all_of(one: object, other: object) -> Any:
-    if one is False or other is False:
-        return False
-    given = [part for part in (one, other) if isinstance(part, Mapping) and part]
-    return {"allOf": given} if len(given) == 2 and one != other else given[0] if given else {}
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _named(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Schemas of the properties that a schema names."""
-    found = schema.get("properties")
-    return found if isinstance(found, Mapping) else {}
-
-
-def _part(schema: Mapping[str, Any], name: str) -> Any:
-    """The schema of a property, which may be one that is not named."""
-    return _named(schema).get(name, schema.get("additionalProperties", {}))
-
-
-def _type_of(value: object) -> str:
-    """The JSON type."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else "boolean"
-    if isinstance(value, int | float):
-        return "number"
-    return _TEXT if isinstance(value, str) else _LIST if isinstance(value, list) else _OBJECT
 
 
 def _references(schema: object) -> Iterator[str]:
@@ -192,10 +203,18 @@ def _moved(schema: object) -> Any:
     return {**found, "$ref": f"#/$defs/{_ROOT}{path[1:]}"} if isinstance(path, str) and path.startswith("#") else found
 
 
-def _has_type(value: object, types: Sequence[str]) -> bool:
-    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+def _allows(schema: Mapping[str, Any], value: object) -> bool:
+    """Whether a value is within the types, bounds and lengths of a schema."""
     kind = _type_of(value)
-    return kind in types or (kind == "number" and is_whole and "integer" in types)
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    kinds = (kind, "integer") if kind == "number" and is_whole else (kind,)
+    measured: Any = len(value) if isinstance(value, str) else value
+    bounds = _BOUNDS if kind == "number" else _LENGTHS if kind == _TEXT else {}
+    return ("type" not in schema or any(one in _as_list(schema["type"]) for one in kinds)) and all(
+        is_within(measured, schema[word])
+        for word, is_within in bounds.items()
+        if word in schema and _type_of(schema[word]) == "number"
+    )
 
 
 class Arguments:
@@ -233,8 +252,10 @@ class Arguments:
         return found
 
     def _both(self, one: object, other: object) -> Any:
-        """As `_both`, of which the properties count as parts."""
-        self._looked_at += sum(len(_named(schema)) for schema in (one, other) if isinstance(schema, Mapping))
+        """As `_both`, of which properties and first items count as parts."""
+        for schema in (one, other):
+            if isinstance(schema, Mapping):
+                self._looked_at += len(_named(schema)) + len(_listed(schema, "prefixItems"))
         return _both(one, other)
 
     def alternatives(self, schema: object, level: int = 0) -> Iterator[tuple[str, Any]]:
@@ -271,8 +292,9 @@ class Arguments:
             if one not in (*_TYPES, "integer"):
                 raise _refused(f"{one!r:.80} is no type")
         if "const" in rest or "enum" in rest:
-            for value in [rest["const"]] if "const" in rest else _listed(rest, "enum"):
-                if "type" not in rest or _has_type(value, types):
+            values = _listed(rest, "enum") if "enum" in rest else [rest["const"]]
+            for value in _in_both(values, [rest["const"]]) if "const" in rest else values:
+                if _allows(rest, value):
                     yield _CONST, value
             return
         for one in types:
@@ -370,7 +392,7 @@ class Arguments:
         except (ValueError, RecursionError):
             found = value
         kind = _type_of(found)
-        fits = any(kind == one or (one == _CONST and kind == _type_of(part) and found == part) for one, part in allowed)
+        fits = any(_in_both([found], [part]) if one == _CONST else _allows(part, found) for one, part in allowed)
         is_json = kind != _TEXT and fits and value == value.strip()
         return value if is_json else json.dumps(value, ensure_ascii=False)
 
