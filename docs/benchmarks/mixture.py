@@ -1,8 +1,9 @@
-"""Writes a mixture of experts with random weights, of which a token is sent to 4 of 32 a layer.
+"""Writes a mixture of experts with random weights.
 
-python docs/benchmarks/mixture.py TOKENIZER_DIR OUT [--like gpt-oss]
+python docs/benchmarks/mixture.py TOKENIZER_DIR OUT [--like gpt-oss|gemma-4]
 
-Built as OLMoE, 0.9 billion; or four layers of GPT-OSS-20B at their own width, 3.5 billion: 7 GB, in memory and on disk.
+Built as OLMoE, 0.9 billion, of which a token is sent to 4 of 32 experts a layer; or four layers at their own width of
+GPT-OSS-20B (4 of 32, 3.5 billion) or of Gemma 4 26B-A4B (8 of 128, 3.7 billion): 7 GB, in memory and on disk.
 """
 
 from __future__ import annotations
@@ -12,10 +13,31 @@ from typing import Any
 
 
 def _config(like: str, **shared: Any) -> Any:
-    from transformers import GptOssConfig, OlmoeConfig
+    from transformers import Gemma4TextConfig, GptOssConfig, OlmoeConfig
 
     if like == "gpt-oss":
         return GptOssConfig(num_hidden_layers=4, num_local_experts=32, **shared)
+    if like == "gemma-4":
+        return Gemma4TextConfig(
+            hidden_size=2816,
+            intermediate_size=2112,
+            num_hidden_layers=4,
+            layer_types=["sliding_attention"] * 3 + ["full_attention"],
+            sliding_window=1024,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            num_global_key_value_heads=2,
+            head_dim=256,
+            global_head_dim=512,
+            attention_k_eq_v=True,
+            hidden_size_per_layer_input=0,
+            num_kv_shared_layers=0,
+            enable_moe_block=True,
+            moe_intermediate_size=704,
+            num_experts=128,
+            top_k_experts=8,
+            **shared,
+        )
     return OlmoeConfig(
         hidden_size=1024,
         intermediate_size=512,
@@ -36,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tokenizer", help="a model's directory, whose tokenizer is taken")
     parser.add_argument("out")
-    parser.add_argument("--like", choices=("olmoe", "gpt-oss"), default="olmoe")
+    parser.add_argument("--like", choices=("olmoe", "gpt-oss", "gemma-4"), default="olmoe")
     given = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
     config = _config(given.like, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None, pad_token_id=None)

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
-from lora_drop_export.checkpoint.experts import DOWN, GATE_UP, ROWS, from_rows, to_rows
+from lora_drop_export.checkpoint.experts import DOWN, GATE_UP, ROWS, from_rows, gate_up_of, to_rows
 from lora_drop_export.decoder.anatomy import first_output, name_of, put_tensor
 from lora_drop_export.decoder.attention_interface import AttentionCall
 from lora_drop_export.decoder.refusals import is_of_experts
@@ -163,7 +163,7 @@ def _inputs_of(module: Any, run: Callable[[], Any], to_end: bool = False) -> tup
 
 def _rows_name(name: str, formats: Collection[str]) -> str:
     """The parameter that a linear layer's weight is, or that gate and up of experts are."""
-    return name if name in formats else f"{name}.{GATE_UP}{ROWS}"
+    return name if name in formats else gate_up_of(name, formats)
 
 
 def _inner(experts: Any, expert: int, x: Any) -> Any:
@@ -218,7 +218,7 @@ class _Rounder:
         }
         pending = {module: name for module, name in names.items() if name in self.formats}
         for name, module in layer.named_modules():
-            if is_of_experts(module) and f"{prefix}.{name}.{GATE_UP}{ROWS}" in self.formats:
+            if is_of_experts(module) and gate_up_of(f"{prefix}.{name}", self.formats) in self.formats:
                 pending[module] = f"{prefix}.{name}"
         exact_outputs: list[Any] = []
         while True:
@@ -260,7 +260,8 @@ class _Rounder:
             if name in self.formats:
                 weight = module.weight.numpy()
             else:
-                weight = to_rows(module.gate_up_proj.numpy(), GATE_UP, module.is_transposed)
+                full = _rows_name(name, self.formats)
+                weight = to_rows(module.gate_up_proj.numpy(), full, module.is_transposed)
             parts.append(finite(weight, self.refs[_rows_name(name, self.formats)].name))
         rows = moments.corrected(factor, np.concatenate(parts))
         for (name, module), part in zip(members.items(), parts, strict=True):
@@ -271,7 +272,7 @@ class _Rounder:
             if full == name:
                 put_tensor(module, "weight", torch.from_numpy(values))
             else:
-                stack = from_rows(values, len(module.gate_up_proj), GATE_UP, module.is_transposed)
+                stack = from_rows(values, len(module.gate_up_proj), full, module.is_transposed)
                 put_tensor(module, GATE_UP, torch.from_numpy(stack))
             self.found[full] = store_rounded(self.refs[full], form, [blocks], self.directory)
 

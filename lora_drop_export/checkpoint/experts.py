@@ -4,7 +4,8 @@
     transformers    `experts.gate_up_proj` [E, 2·I, d], gate above up, and `experts.down_proj` [E, d, I]; in the
                     families `TURNED` both are transposed, [E, d, 2·I] and [E, I, d], and gate and up in turns
     bundle          `experts.gate_up_proj.rows` [E·2I, d], a row of gate and one of up in turns, and
-                    `experts.down_proj.rows` [E·d, I]
+                    `experts.down_proj.rows` [E·d, I]; where the gate is GELU `experts.gate_up_proj.apart` [2E·I, d],
+                    the gates of all experts and then their ups
 
 Enters: the tensors of a checkpoint. Leaves: sources of the other two forms, read a few rows at a time.
 """
@@ -15,7 +16,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,28 +32,40 @@ from lora_drop_export.quantize.formats import Blocked, BlockFormat
 from .checkpoint import Checkpoint, TensorSource
 from .foreign import CHECKPOINT_HINT
 
-ROWS = ".rows"  # ends a name of the bundle's form
+ROWS, APART = ".rows", ".apart"  # end a name of the bundle's form
 TURNED = ("gpt_oss",)
 _Arrays = tuple[npt.NDArray[Any], ...]
 GATE_UP, DOWN = "gate_up_proj", "down_proj"  # the parameters of a module of experts
 
 
+def _plain(name: str) -> str:
+    """As transformers has it."""
+    return name.removesuffix(ROWS).removesuffix(APART)
+
+
 def _turns(name: str) -> int:
-    """Matrices of an expert whose rows take turns."""
-    return 2 if name.removesuffix(ROWS).endswith(GATE_UP) else 1
+    """Matrices of an expert that one tensor holds."""
+    return 2 if _plain(name).endswith(GATE_UP) else 1
+
+
+def gate_up_of(experts: str, names: Container[str]) -> str:
+    """The name among those of a bundle's form that gate and up of a module of experts have."""
+    apart = f"{experts}.{GATE_UP}{APART}"
+    return apart if apart in names else f"{experts}.{GATE_UP}{ROWS}"
 
 
 def to_rows(stack: npt.NDArray[Any], name: str, turned: bool) -> npt.NDArray[Any]:
     """The bundle's form [E·N, K] of what transformers has, [E, N, K].
 
     Args:
-        name: of the parameter.
+        name: of the bundle's form.
         turned: it is that of `TURNED`, [E, K, N].
     """
     if turned:
         return np.ascontiguousarray(stack.swapaxes(1, 2)).reshape(-1, stack.shape[1])
     (experts, height, columns), turns = stack.shape, _turns(name)
-    return stack.reshape(experts, turns, height // turns, columns).swapaxes(1, 2).reshape(-1, columns)
+    parts = stack.reshape(experts, turns, height // turns, columns)
+    return (parts.swapaxes(0, 1) if name.endswith(APART) else parts.swapaxes(1, 2)).reshape(-1, columns)
 
 
 def from_rows(rows: npt.NDArray[Any], experts: int, name: str, turned: bool) -> npt.NDArray[Any]:
@@ -60,7 +73,11 @@ def from_rows(rows: npt.NDArray[Any], experts: int, name: str, turned: bool) -> 
     (height, columns), turns = (len(rows) // experts, rows.shape[1]), _turns(name)
     if turned:
         return np.ascontiguousarray(rows.reshape(experts, height, columns).swapaxes(1, 2))
-    return rows.reshape(experts, height // turns, turns, columns).swapaxes(1, 2).reshape(experts, height, columns)
+    if name.endswith(APART):
+        parts = rows.reshape(turns, experts, height // turns, columns).swapaxes(0, 1)
+    else:
+        parts = rows.reshape(experts, height // turns, turns, columns).swapaxes(1, 2)
+    return parts.reshape(experts, height, columns)
 
 
 class _Made(abc.ABC):
@@ -146,7 +163,8 @@ class ExpertRows(_Made):
     """The bundle's form of matrices that a checkpoint holds apart, or of what transformers has.
 
     Attributes:
-        parts: of each expert the matrices [N, K], gate before up.
+        parts: of each expert the matrices [N, K] whose rows take turns, gate before up; gates and ups that are apart
+            are those of twice as many experts.
     """
 
     name: str
@@ -236,9 +254,12 @@ class ExpertStack(_Made):
 
     def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
         """Experts `begin` to `end`."""
-        height = self.stored.shape[0] // self.experts
-        end = min(end, self.experts)
-        return from_rows(self.stored.rows(begin * height, end * height), end - begin, self.name, self.turned)
+        end, name = min(end, self.experts), self.stored.name
+        pieces = _turns(name) if name.endswith(APART) else 1
+        height = self.stored.shape[0] // self.experts // pieces
+        places = [piece * self.experts * height for piece in range(pieces)]
+        rows = [self.stored.rows(place + begin * height, place + end * height) for place in places]
+        return from_rows(np.concatenate(rows), end - begin, name, self.turned)
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,8 +288,14 @@ class BiasesInTurns(_Made):
         return np.stack([gate, up], axis=-1).reshape(len(gate), self.shape[1])
 
 
+def _grouped(name: str, parts: tuple[tuple[Any, ...], ...]) -> tuple[tuple[Any, ...], ...]:
+    """The matrices of each expert as the form of this name has them."""
+    return tuple((part,) for turn in zip(*parts, strict=True) for part in turn) if name.endswith(APART) else parts
+
+
 def _rows_of(name: str, parts: tuple[tuple[TensorSource, ...], ...]) -> ExpertRows:
     """The bundle's form of matrices that lie apart, with their integers where all have some in blocks of one size."""
+    parts = _grouped(name, parts)
     forms = {getattr(part, "native", None) for expert in parts for part in expert}
     if None in forms or len({(form.bits, form.block_size, form.floating) for form in forms}) > 1:  # type: ignore[union-attr]
         return ExpertRows(name, parts)
@@ -306,16 +333,17 @@ def find_experts(checkpoint: Checkpoint, name: str, experts: int | None) -> Tens
     Raises:
         ModelError: the experts are not matrices of one shape.
     """
-    tensors, plain = checkpoint.tensors, name.removesuffix(ROWS)
-    stored, turned = tensors.get(f"{plain}{ROWS}"), checkpoint.config.model_type in TURNED
+    tensors, plain = checkpoint.tensors, _plain(name)
+    stored = tensors.get(f"{plain}{ROWS}") or tensors.get(f"{plain}{APART}")
+    turned = checkpoint.config.model_type in TURNED
     if name == plain and stored is not None and experts and stored.shape[0] % experts == 0:
         return ExpertStack(name, stored, experts, turned)
     if plain in checkpoint.joined:
         parts = tuple(tuple(tensors[n] for n in expert) for expert in checkpoint.joined[plain])
         _check_shapes(parts)
-        rows = _rows_of(f"{plain}{ROWS}", parts)
+        rows = _rows_of(name if name != plain else f"{plain}{ROWS}", parts)
         return rows if name != plain else ExpertStack(name, rows, len(parts), turned)
     whole = tensors.get(checkpoint.renamed.get(plain, plain))
     if name == plain or whole is None or len(whole.shape) != 3:
         return None
-    return ExpertRows(name, _cut(whole, _turns(name), turned))
+    return ExpertRows(name, _grouped(name, _cut(whole, _turns(name), turned)))

@@ -26,7 +26,7 @@ from lora_drop_runtime.plan.sites import INJECTIONS, half_of, injected
 from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
-from lora_drop_export.checkpoint.experts import DOWN, GATE_UP, ROWS, KeptExpertRows
+from lora_drop_export.checkpoint.experts import DOWN, ROWS, KeptExpertRows, gate_up_of
 from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.checkpoint.gguf import GgufTensor
 from lora_drop_export.checkpoint.mxfp4 import Mxfp4Rows
@@ -92,8 +92,8 @@ def quantization_of(refs: Mapping[str, TensorSource], options: BuildOptions) -> 
 
 def _pairs(names: Iterable[str]) -> list[tuple[str, str]]:
     """Gate and up, and down, of the experts of each layer."""
-    end = f"{DOWN}{ROWS}"
-    return [(f"{name.removesuffix(end)}{GATE_UP}{ROWS}", name) for name in names if name.endswith(end)]
+    end, known = f".{DOWN}{ROWS}", dict.fromkeys(names)
+    return [(gate_up_of(name.removesuffix(end), known), name) for name in known if name.endswith(end)]
 
 
 def expert_formats(

@@ -20,12 +20,12 @@ from typing import Any
 import onnx_ir as ir
 from lora_drop_runtime.errors import ModelError
 
-from lora_drop_export.checkpoint.experts import ROWS
+from lora_drop_export.checkpoint.experts import APART, ROWS
 
 from .attention_interface import DOMAIN
-from .gates import gate_of
+from .gates import SILU, gate_of
 
-_MATRICES = (3, 4)  # their places among a node's inputs
+_MATRICES = _GATE_UP, _DOWN = 3, 4  # their places among a node's inputs
 
 
 def is_mixture(node: ir.Node) -> bool:
@@ -98,7 +98,8 @@ def name_experts(graph: ir.Graph, turned: bool) -> dict[str, Fraction]:
             count, height, width = (int(size) for size in before.shape)  # type: ignore[arg-type]
             if turned:
                 height, width = width, height
-            name = f"{before.name}{ROWS}"
+            is_apart = place == _GATE_UP and node.attributes["activation"].as_string() != SILU
+            name = f"{before.name}{APART if is_apart else ROWS}"
             made = ir.Value(name=name, shape=ir.Shape([count * height, width]), type=before.type)
             node.replace_input_with(place, made)
             graph.initializers.add(made)

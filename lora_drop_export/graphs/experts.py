@@ -29,7 +29,8 @@ class Experts:
     Attributes:
         x: [T, d].
         index: int64 [T, K], the chosen experts; `weights` [T, K] theirs, `dense` [T, E] the same beside zeros.
-        gate_up: [E·2I, d], a row of gate and one of up in turns; `down` [E·d, I]; `blocks` of each where quantized.
+        gate_up: [E·2I, d], a row of gate and one of up in turns, or where the gate is GELU all gates and then all ups;
+            `down` [E·d, I]; `blocks` of each where quantized.
         biases: of these, [E, 2I] and [E, d]; None where there are none.
         gate: how gate and up are joined.
         count: E.
@@ -96,19 +97,24 @@ def expand_experts(graph: ir.Graph, node: ir.Node) -> None:
         sizes, weights = weights.shape, ops("Cast", weights, to=int(x.dtype))
         weights.shape, weights.type = sizes, x.type
 
-    def product(value: ir.Value, rows: ir.Value | None, bias: list[ir.Value | None]) -> ir.Value:
-        """Of [·, T, K] and each expert's matrix, [E, T, N]."""
+    def product(value: ir.Value, rows: ir.Value | None, bias: list[ir.Value | None], matrices_of: int) -> ir.Value:
+        """Of [·, T, K] and so many matrices, [E, T, N]."""
         assert rows is not None
         assert rows.shape is not None
-        height, columns = int(rows.shape[0]) // count, int(rows.shape[1])  # type: ignore[arg-type]
-        matrices = ops("Reshape", rows, ops.ints([count, height, columns]))
+        height, columns = int(rows.shape[0]) // matrices_of, int(rows.shape[1])  # type: ignore[arg-type]
+        matrices = ops("Reshape", rows, ops.ints([matrices_of, height, columns]))
         made = ops("MatMul", value, ops("Transpose", matrices, perm=[0, 2, 1]))
         return ops("Add", made, ops("Unsqueeze", bias[0], ops.ints([1]))) if bias else made
 
-    both = product(ops("Unsqueeze", x, ops.ints([0])), gate_up, biases[:1])  # [E, T, 2I]
-    end = ops.ints([2**31 - 1])
-    gate, up = (ops("Slice", both, ops.ints([turn]), end, ops.ints([2]), ops.ints([2])) for turn in (0, 1))
-    each = product(_joined(ops, form, gate, up, x.dtype), down, biases[1:])  # [E, T, d]
+    tokens = ops("Unsqueeze", x, ops.ints([0]))
+    if form.activation == SILU:
+        both, end = product(tokens, gate_up, biases[:1], count), ops.ints([2**31 - 1])  # [E, T, 2I]
+        gate, up = (ops("Slice", both, ops.ints([turn]), end, ops.ints([2]), ops.ints([2])) for turn in (0, 1))
+    else:
+        both = product(tokens, gate_up, biases[:1], 2 * count)  # [2E, T, I]
+        places = [ops.ints([place]) for place in (0, count, 2 * count)]
+        gate, up = (ops("Slice", both, *places[turn : turn + 2], ops.ints([0])) for turn in (0, 1))
+    each = product(_joined(ops, form, gate, up, x.dtype), down, biases[1:], count)  # [E, T, d]
     shape = ops("Concat", ops("Shape", x, start=0, end=1), ops.ints([count]), axis=0)
     zero = ops.constant(np.zeros(1, x.dtype.numpy()))
     dense = ops("ScatterElements", ops("Expand", zero, shape), index, weights, axis=1)  # [T, E]
@@ -151,7 +157,7 @@ def match_experts(node: ir.Node) -> Experts | None:
     matrices = [_made_by(product.inputs[1], 0) for product in (both, down)]
     (gate_up, first), (rows, second) = (match_weight(reshape.inputs[0]) for reshape in matrices)
     x, (_, index, weights) = _made_by(both.inputs[0]).inputs[0], scatter.inputs
-    count = ir.convenience.get_const_tensor(matrices[0].inputs[1])  # type: ignore[arg-type]
+    count = ir.convenience.get_const_tensor(matrices[1].inputs[1])  # type: ignore[arg-type]
     assert x is not None
     assert index is not None
     assert weights is not None

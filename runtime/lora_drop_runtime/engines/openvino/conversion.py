@@ -212,28 +212,20 @@ def _paged_attention(node: Node) -> list[Output]:
     return [made.output(0)]
 
 
-def _of_each(inputs: list[Output], quantized: int, experts: int) -> tuple[Output, list[Output]]:
-    """The matrices [E, N, K] of experts that lie one below the other in [E·N, K], and the inputs that are left."""
-    parts = []
+def _of_each(inputs: list[Output], quantized: int, experts: int, turns: int = 1) -> tuple[list[Output], list[Output]]:
+    """The matrices [E, N, K] of experts that lie one below the other in [E·N, K], and the inputs that are left.
+
+    Args:
+        turns: so many of these one behind the other.
+    """
+    parts = list[list[Output]]([] for _ in range(turns))
     for one in inputs[: 1 + quantized]:
         rows, *sizes = one.get_partial_shape().to_shape()
         data: npt.NDArray[Any] = np.asarray(one.get_node().data).reshape(-1).view(np.uint8)  # that _weight holds
-        shape = ov.Shape([experts, rows // experts, *sizes])
-        parts.append(ov.op.Constant(ov.Tensor(data, shape, one.get_element_type())).output(0))
-    return _as_output(_dequantized(parts, quantized)[0]), inputs[1 + quantized :]
-
-
-def _gate_and_up(inputs: list[Output], held: list[npt.NDArray[Any]]) -> tuple[list[Output], list[Output]]:
-    """A matrix and what is stored beside it, whose rows are of gate and up in turns, as copies of those of each."""
-    parts: tuple[list[Output], list[Output]] = [], []
-    for one in inputs:
-        rows, *sizes = one.get_partial_shape().to_shape()
-        data: npt.NDArray[Any] = np.asarray(one.get_node().data).reshape(-1).view(np.uint8)
-        for turn, found in enumerate(parts):
-            held.append(np.ascontiguousarray(data.reshape(rows // 2, 2, -1)[:, turn]).reshape(-1))
-            tensor = ov.Tensor(held[-1], ov.Shape([rows // 2, *sizes]), one.get_element_type())
-            found.append(ov.op.Constant(tensor).output(0))
-    return parts
+        shape = ov.Shape([experts, rows // experts // turns, *sizes])
+        for found, piece in zip(parts, np.split(data, turns), strict=True):
+            found.append(ov.op.Constant(ov.Tensor(piece, shape, one.get_element_type())).output(0))
+    return [_as_output(_dequantized(found, quantized)[0]) for found in parts], inputs[1 + quantized :]
 
 
 def _nearly_nothing(*shape: int) -> Any:
@@ -246,8 +238,8 @@ def _silu_experts(each: Output, count: int, node: Node, matrices: list[Output]) 
     The form is that of a model whose experts have biases and limits. Without them ours are next to nothing and next to
     infinite, since what is nothing would be left out and the form not be found; so of a model that has zeros there.
     """
-    gate_up, rest = _of_each(matrices, node.get_attribute("quantized"), count)
-    down, biases = _of_each(rest, node.get_attribute("quantized_down"), count)
+    (gate_up,), rest = _of_each(matrices, node.get_attribute("quantized"), count)
+    (down,), biases = _of_each(rest, node.get_attribute("quantized_down"), count)
     height, width = (one.get_partial_shape()[1].get_length() for one in (gate_up, down))
     alpha, added, limit = (node.get_attribute(name, default) for name, default in _PLAIN_GATE)
     wide = limit or _NEARLY_ALL
@@ -268,13 +260,31 @@ def _silu_experts(each: Output, count: int, node: Node, matrices: list[Output]) 
     return with_bias(op.matmul(inner, down, False, True), 1, width)
 
 
-def _gelu_experts(each: Output, count: int, node: Node, matrices: list[Output], held: list[npt.NDArray[Any]]) -> Any:
+def _gelu_experts(each: Output, count: int, node: Node, matrices: list[Output]) -> Any:
     """What each expert makes of all tokens [E, T, d]. The form of GELU has a product for gate and one for up."""
-    quantized = node.get_attribute("quantized")
-    gate, up = (_of_each(one, quantized, count)[0] for one in _gate_and_up(matrices[: 1 + quantized], held))
-    down, _ = _of_each(matrices[1 + quantized :], node.get_attribute("quantized_down"), count)
+    (gate, up), rest = _of_each(matrices, node.get_attribute("quantized"), count, turns=2)
+    (down,), _ = _of_each(rest, node.get_attribute("quantized_down"), count)
     gated = op.gelu(op.matmul(each, gate, False, True), _GELU[node.get_attribute("activation")])
     return op.matmul(op.multiply(gated, op.matmul(each, up, False, True)), down, False, True)
+
+
+def _experts(node: Node) -> list[Output]:
+    """All experts over all tokens, in a form of which OpenVINO makes GatherMatmul, which reads the matrices of the
+    chosen ones alone (2026.4, convert_tiled_moe_block_to_gather_matmuls.cpp). `x` has to be a Reshape's."""
+    x, index, weights, *matrices = (node.get_input(n) for n in range(node.get_input_size()))
+    count, width = node.get_attribute("experts"), x.get_partial_shape()[1].get_length()
+    each = op.reshape(op.tile(x, ints([count, 1])), ints([count, -1, width]), False).output(0)
+    if node.get_attribute("activation", _SILU) == _SILU:
+        made = _silu_experts(each, count, node, matrices)
+    else:
+        made = _gelu_experts(each, count, node, matrices)
+    products = op.reshape(made, ints([count, 1, -1, width]), False)
+    tokens = op.gather(op.shape_of(x), ints([0]), op.constant(np.int64(0)))
+    nothing = op.broadcast(op.constant(np.float32(0)), op.concat([tokens, ints([count])], 0))
+    dense = op.scatter_elements_update(nothing, index, weights, op.constant(np.int64(1)))
+    shares = op.unsqueeze(op.reshape(op.transpose(dense, ints([1, 0])), ints([count, 1, -1]), False), ints(-1))
+    total = op.reduce_sum(op.multiply(products, shares), ints([0]), False)
+    return [op.reshape(total, ints([-1, width]), False).output(0)]
 
 
 class Conversions:
@@ -304,7 +314,7 @@ class Conversions:
         functions: dict[str, Callable[[Node], list[Output]]] = {
             "Weight": self._weight,
             "Linear": self._linear,
-            "Experts": self._experts,
+            "Experts": _experts,
             "Lookup": _lookup,
             "RMSNorm": _rms_norm,
             "Rotary": _rotary,
@@ -324,24 +334,6 @@ class Conversions:
         self.dtypes.add(dtype)
         constant = ov.op.Constant(ov.Tensor(array, ov.Shape(shape), _TYPES[dtype]))
         return [constant.output(0)]
-
-    def _experts(self, node: Node) -> list[Output]:
-        """All experts over all tokens, in a form of which OpenVINO makes GatherMatmul, which reads the matrices of the
-        chosen ones alone (2026.4, convert_tiled_moe_block_to_gather_matmuls.cpp). `x` has to be a Reshape's."""
-        x, index, weights, *matrices = (node.get_input(n) for n in range(node.get_input_size()))
-        count, width = node.get_attribute("experts"), x.get_partial_shape()[1].get_length()
-        each = op.reshape(op.tile(x, ints([count, 1])), ints([count, -1, width]), False).output(0)
-        if node.get_attribute("activation", _SILU) == _SILU:
-            made = _silu_experts(each, count, node, matrices)
-        else:
-            made = _gelu_experts(each, count, node, matrices, self._held)
-        products = op.reshape(made, ints([count, 1, -1, width]), False)
-        tokens = op.gather(op.shape_of(x), ints([0]), op.constant(np.int64(0)))
-        nothing = op.broadcast(op.constant(np.float32(0)), op.concat([tokens, ints([count])], 0))
-        dense = op.scatter_elements_update(nothing, index, weights, op.constant(np.int64(1)))
-        shares = op.unsqueeze(op.reshape(op.transpose(dense, ints([1, 0])), ints([count, 1, -1]), False), ints(-1))
-        total = op.reduce_sum(op.multiply(products, shares), ints([0]), False)
-        return [op.reshape(total, ints([-1, width]), False).output(0)]
 
     def _linear(self, node: Node) -> list[Output]:
         inputs = [node.get_input(n) for n in range(node.get_input_size())]
