@@ -35,7 +35,7 @@ from lora_drop_runtime.grammars.grammar import Grammars
 from lora_drop_runtime.plan.drafting import AUTO, VerifiedSchedule
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import AdaptiveSchedule, PeriodicSchedule, Schedule
-from lora_drop_runtime.reasoning import Thoughts
+from lora_drop_runtime.reasoning import Thoughts, reasoning_style
 from lora_drop_runtime.text import TextCodec, TextTooLong, checked_variables
 from numpy.typing import NDArray
 from starlette.datastructures import MutableHeaders
@@ -348,6 +348,24 @@ def _failure(error: BaseException) -> str:
     return f"error: the engine has failed, and nothing runs any more: {one_line(said.replace(chr(10), ' '))}"
 
 
+def _of_effort(effort: str | None, template: str) -> dict[str, Any]:
+    """What a chat template is told of how much to reason.
+
+    Raises:
+        ApiError: it knows no such thing.
+    """
+    if effort is None:
+        return {}
+    if "reasoning_effort" in template:
+        return {"reasoning_effort": effort}
+    if "enable_thinking" in template:  # of Qwen3, GLM, Gemma 4 and others, which reason or do not
+        return {"enable_thinking": effort != "none"}
+    if effort != "none" or reasoning_style(template) is not None:
+        said = f"reasoning_effort is {effort}, and the model's chat template does not know it. Leave it out."
+        raise ApiError(400, said, param="reasoning_effort")
+    return {}
+
+
 def _k_of(schedule: Schedule) -> int | str:
     """As a request would say it."""
     if isinstance(schedule, VerifiedSchedule):
@@ -432,13 +450,8 @@ class Service:
         tools = body.called
         with _readable("chat_template_kwargs"):
             variables = checked_variables(body.chat_template_kwargs or {})
-        effort = body.reasoning_effort
         template = (self._codec.tool_template if tools is not None else None) or self._codec.chat_template or ""
-        if effort is not None and "reasoning_effort" in template:
-            variables = {"reasoning_effort": effort, **variables}
-        elif effort not in (None, "none"):
-            said = f"reasoning_effort is {effort}, and the model's chat template does not know it. Leave it out."
-            raise ApiError(400, said, param="reasoning_effort")
+        variables = _of_effort(body.reasoning_effort, template) | variables
         encode = functools.partial(
             self._codec.encode_chat,
             messages,

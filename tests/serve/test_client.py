@@ -448,7 +448,7 @@ def test_variables_of_the_chat_template(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_how_much_to_reason(bundle: Bundle, served: Served, tmp_path: Path) -> None:
-    """A variable of the template, where it knows it."""
+    """A variable of the template, where it knows one for it."""
     root = shutil.copytree(bundle.root, tmp_path / "b")
     word_tokenizer(root, TEMPLATE + "{% if reasoning_effort in ('none', 'high') %}t7 {{ reasoning_effort }}{% endif %}")
     asked: Any = {"messages": [{"role": "user", "content": "t3 t14"}], "max_tokens": 1}
@@ -456,6 +456,16 @@ def test_how_much_to_reason(bundle: Bundle, served: Served, tmp_path: Path) -> N
         for effort, tokens in ((None, 2), ("none", 4), ("low", 2), ("high", 4)):
             answer = server.http.post("/v1/chat/completions", json=asked | {"reasoning_effort": effort})
             assert answer.json()["usage"]["prompt_tokens"] == tokens
+    switch = "{% if enable_thinking %}t7 <think>{% elif enable_thinking is false %}t7 t8 t9 </think>{% endif %}"
+    for template, expected in (
+        (switch, {None: 2, "none": 6, "minimal": 4, "high": 4}),
+        ("{% set ends = '</think>' %}", {None: 2, "none": 400, "low": 400}),
+    ):
+        word_tokenizer(root, TEMPLATE + template)
+        with serving(Batch.open(root, slots=1, threads=1), TextCodec.open(root / "tokenizer")) as server:
+            for effort, tokens in expected.items():
+                answer = server.http.post("/v1/chat/completions", json=asked | {"reasoning_effort": effort}).json()
+                assert tokens == (400 if "error" in answer else answer["usage"]["prompt_tokens"])
     for effort, status in (("none", 200), ("low", 400), ("some", 400)):
         answer = served.http.post("/v1/chat/completions", json=asked | {"reasoning_effort": effort})
         assert answer.status_code == status
