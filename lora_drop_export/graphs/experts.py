@@ -120,7 +120,7 @@ def expand_experts(graph: ir.Graph, node: ir.Node) -> None:
     dense = ops("ScatterElements", ops("Expand", zero, shape), index, weights, axis=1)  # [T, E]
     dense.shape, dense.type = ir.Shape([x.shape[0], count]), x.type  # type: ignore[index]
     shares = ops("Unsqueeze", ops("Transpose", dense, perm=[1, 0]), ops.ints([2]))  # [E, T, 1]
-    each = ops("Where", ops("Greater", shares, zero), each, zero)  # what was not chosen may be infinite
+    each = ops("Where", ops("Equal", shares, zero), zero, each)  # what was not chosen may be infinite
     result = ops("ReduceSum", ops("Mul", each, shares), ops.ints([0]), keepdims=0)
     ops.nodes[-1].name = _name(form, str(down.name))
     replace_node(graph, node, ops, result)
@@ -149,7 +149,7 @@ def match_experts(node: ir.Node) -> Experts | None:
     if node.op_type != "ReduceSum" or not str(node.name).startswith(_PREFIX):
         return None
     each, shares = _made_by(node.inputs[0]).inputs
-    scatter, (down, down_bias) = _made_by(shares, 0, 0), _product(_made_by(each, 1))
+    scatter, (down, down_bias) = _made_by(shares, 0, 0), _product(_made_by(each, 2))
     up = _made_by(down.inputs[0], 1)
     while up.op_type != "Slice":
         up = _made_by(up.inputs[0])

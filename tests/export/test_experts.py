@@ -157,6 +157,26 @@ def test_what_overflows_and_was_not_chosen_counts_nothing(tmp_path, monkeypatch)
     assert np.abs(found - want[others]).max() < 3e-5 * np.abs(want[others]).max()
 
 
+def test_experts_may_count_less_than_nothing(tmp_path, monkeypatch):
+    """A router's weights are those of Gemma 4 times a factor that each expert has, of any sign."""
+    source = more_family("gemma4_experts")
+    model = copy.deepcopy(source.model)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.router.per_expert_scale.copy_(torch.tensor([0.7, -0.8, 0.0, 1.3, -1.1, 0.9]))
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: source.traced)
+    options = ["--target", "openvino", "--drop-layers", "1", *WHOLE]
+    assert main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *options]) == 0
+    ids = np.random.default_rng(3).integers(0, 131, (2, 7))
+    with torch.no_grad():
+        want = model(torch.tensor(ids)).logits.numpy()
+    assert np.abs(neutral_logits(tmp_path / "out", ids) - want).max() < 3e-5 * np.abs(want).max()
+    with Session.open(tmp_path / "out", threads=1) as session:
+        logits = session.prefill(list(ids), max_new_tokens=1)
+    assert np.abs(logits - want[:, -1]).max() < 3e-5 * np.abs(want).max()
+
+
 @pytest.mark.parametrize(
     ("builder", "router"),
     [(qwen2_moe, "model.layers.*.mlp.gate.weight"), (granitemoe, "model.layers.*.block_sparse_moe.router.weight")],
