@@ -26,7 +26,7 @@ from lora_drop_runtime.plan.sites import INJECTIONS, half_of, injected
 from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
-from lora_drop_export.checkpoint.experts import DOWN, ROWS, KeptExpertRows, gate_up_of
+from lora_drop_export.checkpoint.experts import APART, DOWN, ROWS, KeptExpertRows, gate_up_of
 from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.checkpoint.gguf import GgufTensor
 from lora_drop_export.checkpoint.mxfp4 import Mxfp4Rows
@@ -107,11 +107,11 @@ def with_experts_alike(
     formats: Mapping[str, BlockFormat], shapes: Mapping[str, tuple[int, ...]], given: Collection[str]
 ) -> dict[str, BlockFormat]:
     """The formats of experts, where a kernel that reads both of their matrices wants one: a layer's get it, or none;
-    but for those that are given."""
+    but for those that are given, and where gate and up lie apart: those kernels read one matrix each."""
     found = dict(formats)
     for pair in _pairs(shapes):
         forms = {name: formats[name] for name in pair if name in formats}
-        if forms.keys() & set(given):
+        if forms.keys() & set(given) or pair[0].endswith(APART):
             continue
         if len(forms) == 1:
             found.pop(*forms)

@@ -65,3 +65,11 @@ def test_experts_of_a_layer_have_one_format(found: Any, given: tuple[str, ...], 
     """A kernel reads both of their matrices; no other weight is touched."""
     others = {"layers.0.q_proj.weight": WIDE}
     assert with_experts_alike(found | others, SHAPES, given) == wanted | others
+
+
+def test_experts_with_gelu_may_have_two_formats() -> None:
+    """The kernels that run them read one matrix each."""
+    apart = UP.replace(".rows", ".apart")
+    shapes = {apart: SHAPES[UP], DOWN: SHAPES[DOWN]}
+    for found in ({apart: WIDE, DOWN: NARROW}, {apart: WIDE}, {DOWN: WIDE}):
+        assert with_experts_alike(found, shapes, ()) == found
