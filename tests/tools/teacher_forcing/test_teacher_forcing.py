@@ -22,7 +22,16 @@ from transformers import PreTrainedModel
 
 from tests.support import oracle
 from tests.support.covering import covering_array
-from tests.support.models import FAMILIES, GEMMA2_WINDOW, MORE_FAMILIES, build, gemma4, gptj, stablelm_parallel
+from tests.support.models import (
+    FAMILIES,
+    GEMMA2_WINDOW,
+    MORE_FAMILIES,
+    build,
+    gemma4,
+    gemma4_experts,
+    gptj,
+    stablelm_parallel,
+)
 
 TOLERANCE = 3e-5  # of the row's largest |logit|: float32 sums in another order
 PROMPT, TOKENS = 5, 17
@@ -175,6 +184,12 @@ def test_halves_whose_stream_has_another_shape_are_refused() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_has_halves(name: str) -> None:
     made(name)[1].check_halves(DropPlan(8, ("3.attn", "5.mlp")))
+
+
+def test_layers_that_read_the_stream_between_their_halves_again_have_halves() -> None:
+    """In Gemma 4 a router does, and what a layer gives is scaled with the stream in it."""
+    forcing = TeacherForcing(gemma4_experts())
+    forcing.check_halves(DropPlan(2, ("0.attn", "1.mlp"), always_first=0, always_last=0))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

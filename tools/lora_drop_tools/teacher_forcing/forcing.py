@@ -218,19 +218,16 @@ class TeacherForcing:
     def second_half(self, index: int, middle: Any) -> Any:
         """A layer's output [B, S, d] of the residual stream after its attention.
 
-        A layer has one forward: its attention runs over a single token of zeros, which the stream then replaces.
+        A layer has one forward: its attention runs over a single token of zeros, and the stream is put in the place of
+        what that gives. There, and not as an argument, since a layer adds to it, and Gemma 4's router reads it, too.
         """
         import torch
 
-        own: list[Any] = []
-
-        def begin(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            own.append(args[0])  # [1, 1, d], added to every token of the MLP's output
-            return (middle, *args[1:])
+        def begin(_: Any, args: tuple[Any, ...]) -> None:
+            args[0].resize_(middle.shape).copy_(middle)
 
         nothing = torch.zeros_like(middle[:1, :1])
-        output = self._call(index, nothing, Attention(torch.arange(1, device=self.device)), begin)
-        return output - own[0] + middle
+        return self._call(index, nothing, Attention(torch.arange(1, device=self.device)), begin)
 
     def check_halves(self, plan: DropPlan) -> None:
         """Refuse halves of layers that have none, since attention and MLP run beside each other.
