@@ -22,8 +22,9 @@ def stored_input(members: Sequence[ir.Value]) -> WeightInput:
         places.append((str(tensor.location), int(tensor.offset), int(tensor.length)))
     first = tensors[0]
     assert first is not None
-    rows = sum(int(tensor.shape[0]) for tensor in tensors)  # type: ignore[union-attr, arg-type, misc]
-    shape = (rows, *(int(dim) for dim in first.shape[1:]))  # type: ignore[arg-type]
+    shape = tuple(int(dim) for dim in first.shape)  # type: ignore[arg-type]
+    if shape:  # one number has no axis, and nothing is joined with it
+        shape = (sum(int(tensor.shape[0]) for tensor in tensors), *shape[1:])  # type: ignore[union-attr, arg-type, misc]
     return WeightInput(first.dtype.numpy().name, shape, tuple(places))
 
 

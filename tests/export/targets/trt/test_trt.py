@@ -43,7 +43,7 @@ from lora_drop_export.targets.trt.profiles import lora_profiles, refresh_profile
 from lora_drop_export.targets.trt.target import _report_engine, static_slots
 from lora_drop_export.targets.trt.weight_inputs import check_one_copy
 from tests.export.targets.trt.test_against_oracle import parse_refresh_alone
-from tests.support.bundles import family, family_trace, make_bundle, rewritten, traced_family
+from tests.support.bundles import family, family_trace, make_bundle, more_family, rewritten, traced_family
 from tests.support.fake_cuda import FakeCuda, cudaError_t
 from tests.support.models import gemma3
 from tests.support.trt_graphs import ADA, LAYERS, RTX, of_family
@@ -113,6 +113,20 @@ def test_every_weight_is_an_input_once(bundle):
     kept = [n for n in named[StepKind.REFRESH] if not any(f".{i}." in n for i in bundle.manifest.plan.dropped_layers)]
     assert set(kept) < named[StepKind.LORA]
     assert not any(t.external_data for kind in StepKind for t in graph_of(bundle, kind).graph.initializer)
+
+
+def test_single_numbers_of_a_checkpoint_are_inputs(tmp_path):
+    """Of no axis, as the constants of Apertus' activation, which its checkpoints hold."""
+    made = make_bundle(
+        more_family("apertus"), tmp_path / "b", targets=("none",), drop_layers=(1,), always_first=0, always_last=0
+    )
+    for kind in StepKind:
+        lowered = trt_from_neutral(neutral(made, kind), static_slots(made.manifest.plan, made.manifest.limits))
+        numbers = {name: weight for name, weight in lowered.weights.items() if not weight.shape}
+        assert {name.rpartition(".")[2] for name in numbers} == {"beta", "eps"}
+        assert all(weight.size_bytes == 4 for weight in numbers.values())
+        inputs = {value.name: value.type.tensor_type.shape.dim for value in lowered.proto.graph.input}
+        assert all(not inputs[name] for name in numbers)
 
 
 def test_a_fused_weight_is_its_parts_one_after_the_other(bundle):
