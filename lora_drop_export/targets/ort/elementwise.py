@@ -1,4 +1,4 @@
-"""Add and RMSNormalization → SkipSimplifiedLayerNormalization; x · σ(x) → QuickGelu."""
+"""Add and RMSNormalization → SkipSimplifiedLayerNormalization; x · σ(x) → QuickGelu; comparisons in float32."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import onnx_ir as ir
 from lora_drop_export.graphs.nodes import Ops, replace_node
 
 from .linears import MICROSOFT
+
+_COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
 
 
 def _fuse_silu(graph: ir.Graph, node: ir.Node) -> None:
@@ -37,6 +39,19 @@ def _fuse_skip_norm(graph: ir.Graph, node: ir.Node) -> None:
         new.shape, new.type = old.shape, old.type
         old.replace_all_uses_with(new)
     graph.insert_after(node, [fused])
+
+
+def compare_in_float32(graph: ir.Graph) -> None:
+    """Of bfloat16 the CUDA provider has no comparison, such as that in Apertus' softplus."""
+    # Case 15
+    for node in list(graph):
+        if node.op_type not in _COMPARISONS or node.inputs[0].dtype != ir.DataType.BFLOAT16:  # type: ignore[union-attr]
+            continue
+        for place, value in enumerate(node.inputs):
+            ops = Ops()
+            wide = ops("Cast", value, to=int(ir.DataType.FLOAT))
+            graph.insert_before(node, ops.nodes)
+            node.replace_input_with(place, wide)
 
 
 def fuse_elementwise(graph: ir.Graph) -> None:

@@ -31,6 +31,7 @@ packs a second one, and no If keeps the provider from capturing a step as a CUDA
                                   knows one for a whole cache
     13. a mixture of experts    → MoE, or QMoE where it is quantized (experts.py)
     14. attention sinks         → GroupQueryAttention's head_sink; it is not folded then
+    15. comparisons in bfloat16 → in float32
 
 Requires: the form that graphs/ makes. Ensures: no Attention or mask remains, and a TensorScatter without an
 attention only where a LoRA step writes a dropped attention's cache (`fill`), or where that is dead: before a dropped
@@ -55,7 +56,7 @@ from lora_drop_export.graphs.sinks import take_sinks
 from lora_drop_export.graphs.weight_inputs import stored_weights_as_inputs
 
 from .attention import lower_attention, pad_cache_write
-from .elementwise import fuse_elementwise
+from .elementwise import compare_in_float32, fuse_elementwise
 from .experts import lower_experts
 from .join import joined
 from .lengths import Lengths
@@ -109,6 +110,7 @@ def lower_step(proto: onnx.ModelProto, max_positions: int, ragged: bool = False)
     graph.sort()
     RemoveUnusedNodesPass()(model)
     fuse_elementwise(graph)
+    compare_in_float32(graph)
     float32_logits(graph)
     if packing is not None:
         packing.unpack_logits(graph)
