@@ -40,6 +40,7 @@ from .products import spell_products
 from .refusals import refuse_by_config, refuse_by_modules, unsupported
 from .repeats import LayerCalls, alike, argument_name, expand, stand_ins
 from .rotary import fuse_rotary_embedding
+from .sizes import spell_known_sizes
 
 ATTENTION_NAME = EXPERTS_NAME = "lora_drop_trace"
 
@@ -311,6 +312,7 @@ def _graph(wrapper: Any, layers: Any, calls: _Calls, seen: LayerCalls, tied: dic
         program = _export(wrapper)
     bind_initializers(program.model, buffers, stored)
     spell_reciprocal_roots(program.model)
+    spell_known_sizes(program.model)
     program.optimize()
     spell_products(program.model)
     _name_residual_stream(program.model)

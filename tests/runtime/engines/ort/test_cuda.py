@@ -24,7 +24,7 @@ from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.console import Console
 from tests.support.bundles import family, family_trace, make_bundle, record_again, traced_family
 from tests.support.cuda_stub.build import CUDART, LIBRARIES, build_stub
-from tests.support.models import llama
+from tests.support.models import MORE_FAMILIES, gemma3, llama
 
 ENVIRONMENT = "CUDA_VENV"
 pytestmark = [
@@ -212,6 +212,16 @@ def test_steps_run_in_bfloat16(stub, tmp_path):
     made = halves("qwen2", "bfloat16", tmp_path / "b")
     for run in decoded(stub, made, tmp_path / "out.json"):
         check(run)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["apertus", "gemma3", "gemma4", "minicpm3"])
+def test_families_have_all_their_kernels(stub, tmp_path, name, dtype):
+    """A comparison, norms of two dtypes, heads of two sizes, keys that are put into a tensor."""
+    source = traced_family(f"more.{name}", gemma3() if name == "gemma3" else MORE_FAMILIES[name](), dtype)
+    made = make_bundle(source, tmp_path / "b", max_seq_len=32, drop_layers=(1,), always_first=0, always_last=0)
+    done = run_there(stub, "-c", OPEN, made.root)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr  # ONNX Runtime warns of every ScatterND
 
 
 def test_steps_run_with_quantized_weights(stub, tmp_path):
