@@ -7,8 +7,9 @@ Expert e makes of a token x `down_e (g · σ(α g) · (u + β))`, where g is `ga
 and, where there is a limit, g at most that and u between it and less it. `α = 1, β = 0` is SiLU; in some families it is
 `down_e (GELU(g) · u)`. The result is the sum over the token's K experts, each times its weight. The two matrices have
 the experts' own one below the other, a row of gate and one of up in turns, and so have the biases: what an engine reads
-for one expert is one piece then. In the checkpoint they may lie otherwise (checkpoint/experts.py). Experts that no step
-graph holds are refused where the modules are looked at (refusals.py).
+for one expert is one piece then. Where the gate is GELU all gates lie before all ups. In the checkpoint they may lie
+otherwise (checkpoint/experts.py). Experts that no step graph holds are refused where the modules are looked at
+(refusals.py).
 """
 
 from __future__ import annotations

@@ -97,12 +97,12 @@ def expand_experts(graph: ir.Graph, node: ir.Node) -> None:
         sizes, weights = weights.shape, ops("Cast", weights, to=int(x.dtype))
         weights.shape, weights.type = sizes, x.type
 
-    def product(value: ir.Value, rows: ir.Value | None, bias: list[ir.Value | None], matrices_of: int) -> ir.Value:
+    def product(value: ir.Value, rows: ir.Value | None, bias: list[ir.Value | None], number: int) -> ir.Value:
         """Of [·, T, K] and so many matrices, [E, T, N]."""
         assert rows is not None
         assert rows.shape is not None
-        height, columns = int(rows.shape[0]) // matrices_of, int(rows.shape[1])  # type: ignore[arg-type]
-        matrices = ops("Reshape", rows, ops.ints([matrices_of, height, columns]))
+        height, columns = int(rows.shape[0]) // number, int(rows.shape[1])  # type: ignore[arg-type]
+        matrices = ops("Reshape", rows, ops.ints([number, height, columns]))
         made = ops("MatMul", value, ops("Transpose", matrices, perm=[0, 2, 1]))
         return ops("Add", made, ops("Unsqueeze", bias[0], ops.ints([1]))) if bias else made
 

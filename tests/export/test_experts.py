@@ -276,7 +276,7 @@ def test_a_token_reads_a_share_of_the_experts(exported):
     "BF16" not in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
     reason="this processor does not compute in bfloat16 (OpenVINO says so)",
 )
-@pytest.mark.parametrize("builder", [gpt_oss, phimoe, gemma4_experts])
+@pytest.mark.parametrize("builder", [gpt_oss, phimoe])
 def test_bfloat16_is_compared_in_float32(builder, tmp_path, capsys):
     """Where it does not tell two experts apart a router's choice falls the other way, and so does the token."""
     builder().save_pretrained(tmp_path / "model")
@@ -285,7 +285,7 @@ def test_bfloat16_is_compared_in_float32(builder, tmp_path, capsys):
     assert "those that round activations to bfloat16, which run, the median cosine is" in capsys.readouterr().err
     verification = Bundle.open(bundle).manifest.verification["openvino"]
     assert verification["min_cosine"] > 0.999999
-    assert 0.95 < verification["rounded_cosine"] < 0.999999
+    assert 0.95 < verification["rounded_cosine"] < 0.99999
 
 
 def _other_rows(tensors, prefix):

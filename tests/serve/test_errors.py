@@ -235,7 +235,7 @@ def test_no_number_is_not_a_number(served: Served, field: str, number: str) -> N
         (CHAT, {"messages": [{"role": "user", "content": [0] * 4096}]}, "text alone"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 2100}] * 2}, "4096 are"),
         (CHAT, {"messages": [*HI, {"role": "assistant", "tool_calls": [{}] * 10**5}]}, "4096 are"),
-        (CHAT, {"messages": HI, "tools": [{}] * 10**5}, "1024"),
+        (CHAT, {"messages": HI, "tools": [{}] * 10**5}, "128"),
         (CHAT, {"messages": [{"role": "user", **dict.fromkeys(map(str, range(10**4)), 0)}]}, "fields"),
         (COMPLETIONS, {"prompt": [1], "k": 1.5}, "k: Input should be a valid integer"),
         (CHAT, {"messages": HI, "stop": [0] * 10**5}, "32"),

@@ -231,14 +231,14 @@ def gemma4(**options: Any) -> transformers.PreTrainedModel:
 
 
 def gemma4_experts(activation: str = "gelu_pytorch_tanh") -> transformers.PreTrainedModel:
-    """Experts with a gate of GELU beside a dense MLP, in a windowed and a full layer."""
+    """Experts with a gate of GELU beside a dense MLP."""
     own = {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 32}
-    own |= {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
+    own |= {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2, "num_kv_shared_layers": 0}
     model = gemma4(**own, hidden_size_per_layer_input=0, hidden_activation=activation)
     with torch.no_grad():
         for layer in model.model.layers:
             for scale in (layer.router.scale, layer.router.per_expert_scale):
-                scale.copy_(torch.rand_like(scale) + 0.5)
+                scale.copy_(torch.linspace(0.5, 1.5, len(scale)))
     return model
 
 

@@ -223,11 +223,15 @@ class TeacherForcing:
         """
         import torch
 
+        with_gradients = torch.is_grad_enabled()
+
         def begin(_: Any, args: tuple[Any, ...]) -> None:
+            torch.set_grad_enabled(with_gradients)  # until the layer has run
             args[0].resize_(middle.shape).copy_(middle)
 
         nothing = torch.zeros_like(middle[:1, :1])
-        return self._call(index, nothing, Attention(torch.arange(1, device=self.device)), begin)
+        with torch.no_grad():  # what is resized may have none
+            return self._call(index, nothing, Attention(torch.arange(1, device=self.device)), begin)
 
     def check_halves(self, plan: DropPlan) -> None:
         """Refuse halves of layers that have none, since attention and MLP run beside each other.

@@ -212,24 +212,20 @@ def _paged_attention(node: Node) -> list[Output]:
     return [made.output(0)]
 
 
-def _of_each(inputs: list[Output], quantized: int, experts: int, turns: int = 1) -> tuple[list[Output], list[Output]]:
+def _of_each(inputs: list[Output], quantized: int, experts: int, stacks: int = 1) -> tuple[list[Output], list[Output]]:
     """The matrices [E, N, K] of experts that lie one below the other in [E·N, K], and the inputs that are left.
 
     Args:
-        turns: so many of these one behind the other.
+        stacks: so many of these one behind the other, of which each is told.
     """
-    parts = list[list[Output]]([] for _ in range(turns))
+    parts = list[list[Output]]([] for _ in range(stacks))
     for one in inputs[: 1 + quantized]:
         rows, *sizes = one.get_partial_shape().to_shape()
         data: npt.NDArray[Any] = np.asarray(one.get_node().data).reshape(-1).view(np.uint8)  # that _weight holds
-        shape = ov.Shape([experts, rows // experts // turns, *sizes])
-        for found, piece in zip(parts, np.split(data, turns), strict=True):
+        shape = ov.Shape([experts, rows // experts // stacks, *sizes])
+        for found, piece in zip(parts, np.split(data, stacks), strict=True):
             found.append(ov.op.Constant(ov.Tensor(piece, shape, one.get_element_type())).output(0))
     return [_as_output(_dequantized(found, quantized)[0]) for found in parts], inputs[1 + quantized :]
-
-
-def _nearly_nothing(*shape: int) -> Any:
-    return op.constant(np.full(shape, _NEARLY_NOTHING, np.float32))
 
 
 def _silu_experts(each: Output, count: int, node: Node, matrices: list[Output]) -> Any:
@@ -262,7 +258,7 @@ def _silu_experts(each: Output, count: int, node: Node, matrices: list[Output]) 
 
 def _gelu_experts(each: Output, count: int, node: Node, matrices: list[Output]) -> Any:
     """What each expert makes of all tokens [E, T, d]. The form of GELU has a product for gate and one for up."""
-    (gate, up), rest = _of_each(matrices, node.get_attribute("quantized"), count, turns=2)
+    (gate, up), rest = _of_each(matrices, node.get_attribute("quantized"), count, stacks=2)
     (down,), _ = _of_each(rest, node.get_attribute("quantized_down"), count)
     gated = op.gelu(op.matmul(each, gate, False, True), _GELU[node.get_attribute("activation")])
     return op.matmul(op.multiply(gated, op.matmul(each, up, False, True)), down, False, True)
