@@ -387,7 +387,7 @@ def test_a_model_writes_calls_that_are_valid(bundle: Bundle, style: str, policy:
     calls, called = Tools(TOOLS, choice).calls(TEMPLATES[style]), 0
     assert calls is not None
     with Session.open(bundle.root, k=2, policy=policy, threads=1) as session:
-        for seed in range(4):
+        for seed in range(2):
             constraint, begin = calls.constraint(grammars), ""
             if choice == "auto":
                 begin = BEGUN[style]
@@ -401,7 +401,7 @@ def test_a_model_writes_calls_that_are_valid(bundle: Bundle, style: str, policy:
                 called += len(found)
                 assert choice == "auto" or found
                 assert choice == "auto" or any(mark in text for mark in calls.marks) or not text
-    assert called >= 8
+    assert called >= 4
 
 
 @pytest.mark.parametrize("style", TEMPLATES)
