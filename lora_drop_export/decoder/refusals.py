@@ -12,6 +12,7 @@ from lora_drop_export.checkpoint.foreign import refused
 from .gates import gate_of
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk")  # as families call it
 _ALIBI = ("bloom",)  # whose configs do not say so
 _OWN_ATTENTION = ("falcon", "gpt_neo", "mpt")
 _OTHER_ATTENTION = ("linear", "chunked", "compressed", "indexed", "reference")  # words in the types of layers
@@ -84,13 +85,14 @@ def _refuse_experts(experts: Any, config: Any) -> None:
     ):
         if other:
             raise unsupported(feature, config)
-    chosen, count = getattr(config, "num_experts_per_tok", None), experts.gate_up_proj.shape[0]
-    if isinstance(chosen, int) and chosen > count:
-        raise ModelError(
-            "The model's config cannot be used.",
-            note=f"Its routers send a token to {chosen} experts; there are {count}.",
-            hint="Check config.json.",
-        )
+    count = experts.gate_up_proj.shape[0]
+    for chosen in (getattr(config, name, None) for name in _EXPERTS_PER_TOKEN):
+        if isinstance(chosen, int) and chosen > count:
+            raise ModelError(
+                "The model's config cannot be used.",
+                note=f"Its routers send a token to {chosen} experts; there are {count}.",
+                hint="Check config.json.",
+            )
 
 
 def refuse_by_modules(model: Any, layers: Any) -> None:

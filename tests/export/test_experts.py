@@ -344,11 +344,18 @@ def test_experts_that_transformers_cannot_join(damage, error, note, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("number", [0, 99])
-def test_routers_that_choose_nothing_or_too_many(number, tmp_path, capsys):
-    qwen2_moe().save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize(
+    ("builder", "name", "number"),
+    [
+        (qwen2_moe, "num_experts_per_tok", 0),
+        (qwen2_moe, "num_experts_per_tok", 99),
+        (gemma4_experts, "top_k_experts", 7),
+    ],
+)
+def test_routers_that_choose_nothing_or_too_many(builder, name, number, tmp_path, capsys):
+    builder().save_pretrained(tmp_path / "model")
     config = tmp_path / "model" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"num_experts_per_tok": number}), "utf-8")
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {name: number}), "utf-8")
     assert main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *WHOLE]) == 2
     assert f"Its routers send a token to {number} experts" in capsys.readouterr().err
 

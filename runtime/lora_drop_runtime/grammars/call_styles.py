@@ -183,16 +183,13 @@ STYLES = (
         closing="\n]",
         end="<|END_ACTION|>",
     ),
-    CallStyle(
+    replace(
+        _MISTRAL,
         models="Granite 3",
         signs=("<|tool_call|>", "a JSON list of tools used"),
+        others=(),
         marks=("<|tool_call|>",),
         begin="<|tool_call|>",
-        opening="[",
-        head=_ARGUMENTS,
-        tail="}",
-        between=", ",
-        closing="]",
     ),
 )
 

@@ -129,15 +129,12 @@ def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _grammar(
-    functions: Mapping[str, Mapping[str, Any]],
-    style: CallStyle,
-    several: bool,
-    is_free: bool,
-    tokens: Mapping[str, int],
+    schemas: Mapping[str, str], style: CallStyle, several: bool, is_free: bool, tokens: Mapping[str, int]
 ) -> str:
     """What may be written, in Lark.
 
     Args:
+        schemas: of the arguments of each function, checked.
         several: calls.
         is_free: text stands before the section of calls, of which the mark is written already.
         tokens: the special ones that marks are written with; no grammar with such is compiled apart.
@@ -149,10 +146,10 @@ def _grammar(
         "start: body" if is_free else f"start: section {again}",
         f"section: {piece(style.begin)} body",
         f"body: {piece(style.opening)} call {more} {piece(style.closing)} {piece(style.end)}",
-        "call: " + " | ".join(f"tool_{i}" for i in range(len(functions))),
+        "call: " + " | ".join(f"tool_{i}" for i in range(len(schemas))),
     ]
-    for i, (name, function) in enumerate(functions.items()):
-        schema, arguments = checked_schema(_parameters(function)), f"arguments_{i}"
+    for i, (name, schema) in enumerate(schemas.items()):
+        arguments = f"arguments_{i}"
         rules.append(f"tool_{i}: {piece(style.head_of(name))} {arguments} {piece(style.tail)}")
         if style.notation is None:
             rules.append(f"{arguments}: %json {schema}")
@@ -246,11 +243,12 @@ class Calls:
         style, is_free = self._style, self.is_free
         name = self._choice[1:] if self._choice.startswith(":") else None
         functions = self._functions if name is None else {name: self._functions[name]}
+        schemas = {one: checked_schema(_parameters(function)) for one, function in functions.items()}
         several = self._parallel and name is None
         found = {mark: grammars.token(mark) for mark in style.marks}
         tokens = {mark: token for mark, token in found.items() if token is not None}
-        grammar, trial = (_grammar(functions, style, several, is_free, form) for form in (tokens, {}))
-        body = grammars.constraint(grammar, trial)
+        grammar = _grammar(schemas, style, several, is_free, tokens)
+        body = grammars.constraint(grammar, _grammar(schemas, style, several, is_free, {}) if tokens else grammar)
         if not is_free:
             return body
         begins, goes_on = [style.begin] if style.begin else self._heads, several and style.after is not None

@@ -88,7 +88,7 @@ def written(style: str, *calls: tuple[str, str]) -> str:
             return f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{given}"
         return f'{{"name": "{name}", "parameters": {given}}}'
     if style in LISTS:
-        before, key, behind = '"name"', "arguments", ""
+        before, key = '"name"', "arguments"
         opening, between, closing = {
             "command": ("<|START_ACTION|>[\n    ", ",\n    ", "\n]<|END_ACTION|>"),
             "granite": ("<|tool_call|>[", ", ", "]"),
@@ -97,9 +97,7 @@ def written(style: str, *calls: tuple[str, str]) -> str:
         }[style]
         if style == "command":
             before, key = '"tool_call_id": "{n}", "tool_name"', "parameters"
-        items = (
-            f'{{{before.format(n=n)}: "{name}", "{key}": {given}}}{behind}' for n, (name, given) in enumerate(calls)
-        )
+        items = (f'{{{before.format(n=n)}: "{name}", "{key}": {given}}}' for n, (name, given) in enumerate(calls))
         return opening + between.join(items) + closing
     if style == "hermes":
         return "\n".join(
