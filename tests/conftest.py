@@ -98,11 +98,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """What is imported by now stays: full collections, which every few bundles bring about, need not go through it.
 
-    For each trace torch makes its table of operators anew, which takes a seventh of the time of a tiny model's.
+    For each trace torch makes its table of operators anew, which takes a seventh of the time of a tiny model's, and
+    keeps what every operator made of its shapes, which takes longer than it saves.
     """
     if "torch" in sys.modules:
+        import torch._dynamo.config
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+        setattr(torch._dynamo.config, "fake_tensor_cache_enabled", False)  # noqa: B010
         setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))  # noqa: B010
     gc.collect()
     gc.freeze()

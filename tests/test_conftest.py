@@ -34,7 +34,8 @@ def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "test_dies.py").write_text(DIES)
     (tmp_path / "test_lives.py").write_text("def test_one():\n    pass\n")
     options = ["-p", "xdist", "-p", "tests.conftest", "-n", "1", "--dist", "loadfile"]
-    command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
+    # A base of its own: in the shared one it would clear away what older runs left there
+    command = [sys.executable, "-m", "pytest", *options, f"--basetemp={tmp_path}/base", str(tmp_path)]
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # to import them takes each process a second
     root = Path(__file__).parents[1]
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)

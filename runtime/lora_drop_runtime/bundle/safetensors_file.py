@@ -108,7 +108,8 @@ class TensorPlace:
             )
         if not math.prod(shape):
             return np.zeros(shape, np.float32 if widened else numpy)
-        values: npt.NDArray[Any] = np.memmap(self.file, numpy, "r", self.offset_bytes + skipped_bytes, shape)
+        file = str(self.file)  # a path would be resolved for each tensor
+        values: npt.NDArray[Any] = np.memmap(file, numpy, "r", self.offset_bytes + skipped_bytes, shape)
         return widened(values) if widened else values
 
 
