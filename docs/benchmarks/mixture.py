@@ -1,9 +1,10 @@
 """Writes a mixture of experts with random weights.
 
-python docs/benchmarks/mixture.py TOKENIZER_DIR OUT [--like gpt-oss|gemma-4]
+python docs/benchmarks/mixture.py TOKENIZER_DIR OUT [--like gpt-oss|gemma-4|deepseek-v2-lite]
 
 Built as OLMoE, 0.9 billion, of which a token is sent to 4 of 32 experts a layer; or four layers at their own width of
-GPT-OSS-20B (4 of 32, 3.5 billion) or of Gemma 4 26B-A4B (8 of 128, 3.7 billion): 7 GB, in memory and on disk.
+GPT-OSS-20B (4 of 32, 3.5 billion) or of Gemma 4 26B-A4B (8 of 128, 3.7 billion): 7 GB, in memory and on disk. Or of
+DeepSeek-V2-Lite (6 of 64 and 2 for all, 2.2 billion).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 
 def _config(like: str, **shared: Any) -> Any:
-    from transformers import Gemma4TextConfig, GptOssConfig, OlmoeConfig
+    from transformers import DeepseekV2Config, Gemma4TextConfig, GptOssConfig, OlmoeConfig
 
     if like == "gpt-oss":
         return GptOssConfig(num_hidden_layers=4, num_local_experts=32, **shared)
@@ -38,6 +39,25 @@ def _config(like: str, **shared: Any) -> Any:
             top_k_experts=8,
             **shared,
         )
+    if like == "deepseek-v2-lite":
+        return DeepseekV2Config(
+            hidden_size=2048,
+            intermediate_size=10944,
+            num_hidden_layers=4,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            q_lora_rank=None,
+            kv_lora_rank=512,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+            n_routed_experts=64,
+            num_experts_per_tok=6,
+            n_shared_experts=2,
+            moe_intermediate_size=1408,
+            first_k_dense_replace=1,
+            **shared,
+        )
     return OlmoeConfig(
         hidden_size=1024,
         intermediate_size=512,
@@ -58,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tokenizer", help="a model's directory, whose tokenizer is taken")
     parser.add_argument("out")
-    parser.add_argument("--like", choices=("olmoe", "gpt-oss", "gemma-4"), default="olmoe")
+    parser.add_argument("--like", choices=("olmoe", "gpt-oss", "gemma-4", "deepseek-v2-lite"), default="olmoe")
     given = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
     config = _config(given.like, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None, pad_token_id=None)

@@ -22,7 +22,8 @@ class AttentionCall:
 
     Attributes:
         module: the attention module; its `layer_idx` is the layer.
-        query: [B, H, S, D]; key and value: [B, Hkv, S, D].
+        query: [B, H, S, D]; key and value: [B, Hkv, S, D], the narrower of them with zeros at the end, as most latent
+            attention has them: caches of K and V have one shape.
         scale: of the scores.
         window: sliding window in positions, the token itself included; 0 for none.
         softcap: of the scores; 0 for none.
@@ -64,6 +65,13 @@ def _masked_window(module: Any) -> int | None:
     return getattr(module.config, "sliding_window", None) if is_windowed else None
 
 
+def _widened(tensor: Any, width: int) -> Any:
+    """Channels of zeros at its end: they add nothing to a product, and as values they leave as zeros."""
+    import torch
+
+    return tensor if tensor.shape[3] == width else torch.nn.functional.pad(tensor, (0, width - tensor.shape[3]))
+
+
 def register_attention(name: str, attend: Callable[[AttentionCall], Any]) -> None:
     """Let models with `attn_implementation=name` call `attend`, which returns [B, S, H, D].
 
@@ -93,7 +101,10 @@ def register_attention(name: str, attend: Callable[[AttentionCall], Any]) -> Non
                 raise unsupported(feature, getattr(module, "config", None))
         scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
         window = window_within(module.config, sliding_window or _masked_window(module))
+        width, value_width = max(key.shape[3], value.shape[3]), value.shape[3]
+        query, key, value = (_widened(tensor, width) for tensor in (query, key, value))
         call = AttentionCall(module, query, key, value, scale, window, float(softcap or 0.0), s_aux)
-        return attend(call), None
+        mixed = attend(call)
+        return (mixed if width == value_width else mixed[..., :value_width]), None
 
     AttentionInterface.register(name, attention)

@@ -80,7 +80,7 @@ class _Calls:
 
     layers: list[int] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
-    shapes: list[tuple[int, int, int, int]] = field(default_factory=list)
+    shapes: list[tuple[int, int, int]] = field(default_factory=list)
     scales: list[tuple[float, float]] = field(default_factory=list)  # and softcaps
     keys: list[Any] = field(default_factory=list)
 
@@ -126,10 +126,10 @@ def _emit_attention(call: AttentionCall, calls: _Calls) -> Any:
     import torch
 
     batch, heads, sequence, head_dim = call.query.shape
-    layer, value_dim = call.module.layer_idx, call.value.shape[3]
+    layer = call.module.layer_idx
     calls.layers.append(layer)
     calls.windows.append(call.window)
-    calls.shapes.append((heads, call.key.shape[1], head_dim, value_dim))
+    calls.shapes.append((heads, call.key.shape[1], head_dim))
     calls.scales.append((call.scale, call.softcap))
     calls.keys.append(call.key)
     (output,) = torch.onnx.ops.symbolic_multi_out(
@@ -137,7 +137,7 @@ def _emit_attention(call: AttentionCall, calls: _Calls) -> Any:
         (call.query, call.key, call.value, *(() if call.sinks is None else (call.sinks,))),
         attrs={"layer": layer, "scale": call.scale, "sliding_window": call.window, "softcap": call.softcap},
         dtypes=(call.query.dtype,),
-        shapes=((batch, sequence, heads, value_dim),),
+        shapes=((batch, sequence, heads, head_dim),),
         version=1,
     )
     return output
@@ -158,6 +158,24 @@ def _frequencies_kept(model: Any) -> Iterator[None]:
     finally:
         for module, kind in zip(rotaries, kinds, strict=True):
             module.rope_type = kind
+
+
+def _complex_unsqueezed() -> Any:
+    """A mode in which complex numbers, in which DeepSeek-V2 rotates, get a new axis as pairs of real ones.
+
+    torch.onnx has all that models do to them but this.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Unsqueezed(TorchFunctionMode):  # type: ignore[misc]  # torch is not type-checked here
+        def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is not torch.Tensor.unsqueeze or not args[0].is_complex():
+                return function(*args, **(kwargs or {}))
+            x, axis = args
+            return torch.view_as_complex(torch.view_as_real(x).unsqueeze(axis if axis >= 0 else axis - 1))
+
+    return Unsqueezed()
 
 
 def _step_module(model: Any, layers: Any) -> Any:
@@ -308,7 +326,7 @@ def _graph(wrapper: Any, layers: Any, calls: _Calls, seen: LayerCalls, tied: dic
     attentions = list(zip(calls.windows, calls.shapes, calls.scales, strict=True))
     kinds = [] if shared else alike(layers, seen, attentions, prefix, buffers)
     wrapper.own = {kind[0]: seen.own(kind[0]) for kind in kinds}
-    with fake, _frequencies_kept(model), stand_ins(layers, kinds, seen) as wrapper.unmarked:
+    with fake, _frequencies_kept(model), _complex_unsqueezed(), stand_ins(layers, kinds, seen) as wrapper.unmarked:
         program = _export(wrapper)
     bind_initializers(program.model, buffers, stored)
     spell_reciprocal_roots(program.model)
@@ -354,20 +372,13 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
     expert_shares = name_experts(graph.graph, config.model_type in TURNED)
     narrow_parameters(graph.graph, dtype)
     parameters = leave_places(graph)
-    for _, _, head_dim, value_dim in calls.shapes:
-        if value_dim != head_dim:
-            raise ModelError(
-                "The model's keys and values differ in width.",
-                note=f"A key has {head_dim} channels, a value {value_dim}, as in multi-head latent attention.",
-                hint="Choose a model whose K and V caches have one shape.",
-            )
     return TracedModel(
         graph=graph,
         parameters=parameters,
         hidden_size=int(config.hidden_size),
         vocab_size=model.get_output_embeddings().weight.shape[0],
         windows=tuple(calls.windows),
-        heads=tuple(Heads(*shape[:3]) for shape in calls.shapes),
+        heads=tuple(Heads(*shape) for shape in calls.shapes),
         kv_sources=calls.kv_sources,
         layers_prefix=name_of(model, layers),
         embedding_only=looked_up(graph, parameters),

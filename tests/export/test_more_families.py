@@ -65,7 +65,7 @@ def test_more_families(name, tmp_path, capsys, monkeypatch):
 
 def test_latent_attention_in_bfloat16(tmp_path, capsys):
     """Its keys are put into a tensor that is made for them: of bfloat16 in the neutral graph, and not in OpenVINO's."""
-    quartered(MORE_FAMILIES["deepseek_v3_dense"]()).save_pretrained(tmp_path / "model")
+    quartered(MORE_FAMILIES["deepseek_v3"]()).save_pretrained(tmp_path / "model")
     options = ["--dtype", "bf16", "--target", "openvino", "--max-seq-len", "32", "--threads", "1"]
     assert main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *options]) == 0
     assert "openvino against eager PyTorch" in capsys.readouterr().err

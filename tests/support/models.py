@@ -187,16 +187,29 @@ def codegen() -> transformers.PreTrainedModel:
     return build(transformers.CodeGenForCausalLM, transformers.CodeGenConfig, seed=45, **FEW, rotary_dim=8)
 
 
-def deepseek_v3_dense() -> transformers.PreTrainedModel:
-    """Latent attention whose keys and values are equally wide, and dense layers only."""
-    latent = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
-    options = FEW | latent | {"num_key_value_heads": 4, "first_k_dense_replace": 2}
+_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32}
+_WIDER_KEYS = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+
+
+def deepseek_v2() -> transformers.PreTrainedModel:
+    """Latent attention that rotates in complex numbers, keys wider than values, experts in the second layer."""
+    routed = {"q_lora_rank": None, "routed_scaling_factor": 2.0}
+    options = FEW | _WIDER_KEYS | _EXPERTS | routed | {"num_key_value_heads": 4}
+    return build(transformers.DeepseekV2ForCausalLM, transformers.DeepseekV2Config, seed=64, **options)
+
+
+def deepseek_v3() -> transformers.PreTrainedModel:
+    """Latent attention with keys wider than values; experts in the second layer, chosen from groups of them."""
+    routed = {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
+    options = FEW | _WIDER_KEYS | _EXPERTS | routed | {"q_lora_rank": 32, "num_key_value_heads": 4}
     return build(transformers.DeepseekV3ForCausalLM, transformers.DeepseekV3Config, seed=47, **options)
 
 
 def minicpm3() -> transformers.PreTrainedModel:
-    """Latent attention, too: RoPE is on one head of the keys that all share, and on a part of the queries'."""
-    latent = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    """Latent attention with values wider than keys: RoPE is on one head of these that all share, and on a part of the
+    queries'.
+    """
+    latent = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 24}
     options = FEW | latent | {"num_key_value_heads": 4}
     return build(transformers.MiniCPM3ForCausalLM, transformers.MiniCPM3Config, seed=51, **options)
 
@@ -280,7 +293,8 @@ MORE_FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
         exaone,
         gptj,
         codegen,
-        deepseek_v3_dense,
+        deepseek_v2,
+        deepseek_v3,
         minicpm3,
         modernbert_decoder,
         gemma4,
