@@ -10,7 +10,8 @@ import functools
 import json
 import re
 import string
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.decoding.constraint import Constraint
+from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.reasoning import Thoughts
 
 from .call_styles import ID, CallStyle
@@ -128,6 +130,15 @@ def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
     return _NO_PARAMETERS if schema is None else {"type": "object", **schema}
 
 
+@contextmanager
+def _named(tool: str) -> Iterator[None]:
+    """What is refused of its parameters says whose they are."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(error.fact, note=f"{error.note} The tool is {tool}.".lstrip(), hint=error.hint) from error
+
+
 def _grammar(
     schemas: Mapping[str, str], style: CallStyle, several: bool, is_free: bool, tokens: Mapping[str, int]
 ) -> str:
@@ -154,7 +165,8 @@ def _grammar(
         if style.notation is None:
             rules.append(f"{arguments}: %json {schema}")
         else:
-            rules += Arguments(style.notation, json.loads(schema)).rules(arguments, piece, checked_schema)
+            with _named(name):
+                rules += Arguments(style.notation, json.loads(schema)).rules(arguments, piece, checked_schema)
     return "\n".join([*rules, *([f"CALL_ID: /{style.ids}/"] if style.ids else [])]) + "\n"
 
 
@@ -243,7 +255,10 @@ class Calls:
         style, is_free = self._style, self.is_free
         name = self._choice[1:] if self._choice.startswith(":") else None
         functions = self._functions if name is None else {name: self._functions[name]}
-        schemas = {one: checked_schema(_parameters(function)) for one, function in functions.items()}
+        schemas = dict[str, str]()
+        for one, function in functions.items():
+            with _named(one):
+                schemas[one] = checked_schema(_parameters(function))
         several = self._parallel and name is None
         found = {mark: grammars.token(mark) for mark in style.marks}
         tokens = {mark: token for mark, token in found.items() if token is not None}

@@ -618,7 +618,16 @@ def test_parameters_that_cannot_be_written_one_by_one(grammars: Grammars, parame
     schema = {"type": "object", "properties": parameters}
     calls = Tools([{"type": "function", "function": {"name": "f", "parameters": schema}}]).calls(TEMPLATES["xml"])
     assert calls is not None
-    assert_refused(lambda: calls.constraint(grammars), "parameters of a tool cannot be followed", reason)
+    assert_refused(lambda: calls.constraint(grammars), "parameters of a tool cannot be followed", reason, "tool is f.")
+
+
+def test_of_many_tools_the_one_is_named_whose_schema_cannot_be_taken(grammars: Grammars) -> None:
+    large = {"type": "object", "properties": {"n": {"const": 2**60}}}
+    tools = [*TOOLS, {"type": "function", "function": {"name": "count", "parameters": large}}]
+    for style in ("hermes", "xml"):
+        calls = Tools(tools).calls(TEMPLATES[style])
+        assert calls is not None
+        assert_refused(lambda calls=calls: calls.constraint(grammars), "too large", "The tool is count.")
 
 
 @pytest.mark.parametrize("style", ["xml", "glm47", "gemma"])
