@@ -34,7 +34,7 @@ RUNTIME = [
 SERVE = [
     ["server", "ray_app"],
     ["app"],
-    ["records"],
+    ["records", "responses"],
     ["answers", "requests"],
     ["driver"],
     ["errors", "key", "log", "metrics", "names", "openapi"],

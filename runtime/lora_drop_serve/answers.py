@@ -20,7 +20,7 @@ from lora_drop_runtime.reasoning import Thoughts
 from lora_drop_runtime.text import TextCodec
 
 from .driver import Told
-from .errors import row_failed
+from .errors import ApiError, row_failed
 
 _BYTES = "bytes:"  # before a part of a character, as the API has it where a token is its text alone
 
@@ -46,6 +46,9 @@ class Piece(NamedTuple):
 class Choice:
     """One row's answer as it grows.
 
+    Args:
+        format_field: of the request, at fault where a row without tools leads beyond a limit.
+
     Attributes:
         tokens: of the answer.
         reasoned: those of them that were reasoning.
@@ -57,9 +60,15 @@ class Choice:
     """
 
     def __init__(
-        self, codec: TextCodec, stops: Sequence[str], calls: Calls | None, is_silent: bool, thoughts: Thoughts | None
+        self,
+        codec: TextCodec,
+        stops: Sequence[str],
+        calls: Calls | None,
+        is_silent: bool,
+        thoughts: Thoughts | None,
+        format_field: str,
     ) -> None:
-        self._is_silent = is_silent
+        self._is_silent, self._field = is_silent, format_field if calls is None else "tools"
         marks = (*(() if calls is None else calls.marks), *(() if thoughts is None else thoughts.style.marks))
         self._pieces = codec.stream(stops, marks)
         self._thoughts = None if thoughts is None else thoughts.stream(calls=calls is not None)
@@ -75,7 +84,7 @@ class Choice:
     def take(self, event: Event) -> Piece:
         """Raises ApiError: the row has failed before its text ended."""
         if event.finished == FAILED and self.finish is None:
-            raise row_failed(event.error, "response_format" if self._parts is None else "tools")
+            raise row_failed(event.error, self._field)
         self.reused = event.reused
         if event.is_prompt:
             return Piece("", event, None)
@@ -153,11 +162,11 @@ class Places:
         return self._place - len(own) if new.endswith(own) else begun  # text before it was no character
 
 
-def _json(value: dict[str, Any]) -> str:
+def as_json(value: dict[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def _as_call(call: ToolCall) -> dict[str, Any]:
+def as_call(call: ToolCall) -> dict[str, Any]:
     """As a message has it. Mistral's templates take ids of nine letters and digits alone."""
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": uuid.uuid4().hex[:9], "type": "function", "function": function}
@@ -188,6 +197,8 @@ class Answer:
     prefix: ClassVar[str]
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
+    format_field: ClassVar[str] = "response_format"
+    end: ClassVar[bytes] = b"data: [DONE]\n\n"  # of a stream
 
     def __init__(
         self,
@@ -210,8 +221,8 @@ class Answer:
         self._codec, self._prompt_tokens = codec, prompt_tokens
         self._logprobs, self._includes_usage, self._verifies = logprobs, includes_usage, verifies
         self._includes_usage_so_far, self._each = includes_usage_so_far, choices
-        self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self.choices = [Choice(codec, stops, calls, is_silent, thoughts) for _ in range(rows)]
+        self._head = {"id": f"{self.prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self.choices = [Choice(codec, stops, calls, is_silent, thoughts, self.format_field) for _ in range(rows)]
         self._thinks = thoughts is not None
         self._echoes = echoes or [""] * rows
         self._texts = [[echo] for echo in self._echoes]
@@ -229,7 +240,7 @@ class Answer:
         piece = self.choices[told.row].take(told.event)
         self._texts[told.row].append(piece.text)
         self._reasoning[told.row].append(piece.reasoning)
-        self._calls[told.row] += map(_as_call, piece.calls)
+        self._calls[told.row] += map(as_call, piece.calls)
         if piece.token is not None and self._logprobs:
             self._tokens[told.row].append(piece.token)
         return piece
@@ -251,7 +262,7 @@ class Answer:
         tokens = [piece.token] if piece.token is not None else []
         said = self._said(told.row, tokens) if self._logprobs and tokens else None
         added = [self._added(piece.text, piece.reasoning)]
-        for call in map(_as_call, piece.calls):
+        for call in map(as_call, piece.calls):
             added += _call_deltas(len(self._calls[told.row]), call)
             self._calls[told.row].append(call)
         chunks = [self._chunk({"index": told.row, **one, "logprobs": None, "finish_reason": None}) for one in added]
@@ -265,6 +276,10 @@ class Answer:
         """What comes after all tokens."""
         return [{**self._chunk(None), "usage": self.usage()}] if self._includes_usage else []
 
+    def failed(self, error: ApiError) -> list[dict[str, Any]]:
+        """What a stream that breaks off ends with."""
+        return [error.body]
+
     def _chunk(self, choice: dict[str, Any] | None) -> dict[str, Any]:
         chunk = {**self._head, "object": self.chunk_object, "choices": [] if choice is None else [choice]}
         if choice is not None and self._includes_usage_so_far:
@@ -276,10 +291,10 @@ class Answer:
     def whole(self) -> Iterator[str]:
         """The answer as JSON in parts, once it is over. With logprobs a choice may have megabytes, and six times as
         many as objects, so there are those of one choice at a time."""
-        yield _json({**self._head, "object": self.whole_object})[:-1] + ',"choices":['
+        yield as_json({**self._head, "object": self.whole_object})[:-1] + ',"choices":['
         for index in range(len(self.choices)):
-            yield ("," if index else "") + _json(self._choice(index))
-        yield '],"usage":' + _json(self.usage()) + "}"
+            yield ("," if index else "") + as_json(self._choice(index))
+        yield '],"usage":' + as_json(self.usage()) + "}"
 
     def _choice(self, index: int) -> dict[str, Any]:
         return {
@@ -322,6 +337,19 @@ class Answer:
         except UnicodeDecodeError:
             return part + "".join(f"\\x{byte:02x}" for byte in held), held
 
+    def _listed(self, tokens: Sequence[Event]) -> list[dict[str, Any]]:
+        """Tokens and their logprobs, as chats have them."""
+
+        def one(token: int, logprob: float | None) -> dict[str, Any]:
+            text, held = self._token(token)
+            return {"token": text, "logprob": logprob, "bytes": list(held)}
+
+        return [
+            {**one(event.token, event.logprob), "top_logprobs": [one(*pair) for pair in event.top_logprobs]}
+            for event in tokens
+            if event.token is not None
+        ]
+
     # ── what the two kinds differ in ───────────────────────────────────────────────────────────────────────
 
     def _begun(self, index: int) -> dict[str, Any]:
@@ -344,7 +372,7 @@ class Answer:
 class CompletionAnswer(Answer):
     """Of /v1/completions."""
 
-    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+    prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
     def _begun(self, index: int) -> dict[str, Any]:
         return {"text": self._echoes[index]} if self._echoes[index] else {}
@@ -373,7 +401,7 @@ class CompletionAnswer(Answer):
 class ChatAnswer(Answer):
     """Of /v1/chat/completions."""
 
-    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def _begun(self, index: int) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": ""}}
@@ -389,13 +417,4 @@ class ChatAnswer(Answer):
         return {"message": message | {"content": text or None, "tool_calls": calls} if calls else message}
 
     def _said(self, index: int, tokens: Sequence[Event]) -> dict[str, Any]:
-        def one(token: int, logprob: float | None) -> dict[str, Any]:
-            text, held = self._token(token)
-            return {"token": text, "logprob": logprob, "bytes": list(held)}
-
-        content = [
-            {**one(event.token, event.logprob), "top_logprobs": [one(*pair) for pair in event.top_logprobs]}
-            for event in tokens
-            if event.token is not None
-        ]
-        return {"content": content, "refusal": None}
+        return {"content": self._listed(tokens), "refusal": None}

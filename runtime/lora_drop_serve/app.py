@@ -46,9 +46,21 @@ from .answers import Answer, ChatAnswer, CompletionAnswer
 from .driver import Driver, Job, RowRequest
 from .errors import ApiError, closing, of_validation, refused, too_slow
 from .log import Log
-from .openapi import METRICS_ANSWER, METRICS_TYPE, ChatCompletion, Completion, Model, Models, Status, errors, generated
+from .openapi import (
+    METRICS_ANSWER,
+    METRICS_TYPE,
+    ChatCompletion,
+    Completion,
+    Model,
+    Models,
+    ResponseObject,
+    Status,
+    errors,
+    generated,
+)
 from .records import GONE, Record, Records
-from .requests import MOST_BODY_BYTES, ChatRequest, CompletionRequest
+from .requests import MOST_BODY_BYTES, ChatRequest, CompletionRequest, Conversation
+from .responses import ResponseAnswer, ResponseRequest
 
 BODY_SECONDS = 120  # that a client may take for a body
 DISCARD_SECONDS = 10  # that a body which is refused may still come
@@ -257,8 +269,10 @@ class _Delivery(StreamingResponse):
 
 
 def _sse(data: dict[str, Any]) -> bytes:
-    """In ASCII: many clients, such as httpx's `iter_lines`, end a line at U+2028, U+2029 and U+0085, too."""
-    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+    """In ASCII: many clients, such as httpx's `iter_lines`, end a line at U+2028, U+2029 and U+0085, too. Events of
+    responses have their type in front, too."""
+    kind = f"event: {data['type']}\n" if "type" in data else ""
+    return kind.encode() + b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
 async def _events(answer: Answer, job: Job, record: Record) -> AsyncIterator[bytes]:
@@ -276,10 +290,10 @@ async def _events(answer: Answer, job: Job, record: Record) -> AsyncIterator[byt
                     job.cancel(told.row)  # at a stop string
             if out:
                 yield b"".join(out)
-        yield b"".join(map(_sse, answer.last_chunks())) + b"data: [DONE]\n\n"
+        yield b"".join(map(_sse, answer.last_chunks())) + answer.end
     except ApiError as error:
         record.fails(error.body)
-        yield _sse(error.body)
+        yield b"".join(map(_sse, answer.failed(error)))
 
 
 def _stream(answer: Answer, job: Job, record: Record) -> Response:
@@ -348,8 +362,8 @@ def _failure(error: BaseException) -> str:
     return f"error: the engine has failed, and nothing runs any more: {one_line(said.replace(chr(10), ' '))}"
 
 
-def _of_effort(effort: str | None, template: str) -> dict[str, Any]:
-    """What a chat template is told of how much to reason.
+def _of_effort(effort: str | None, template: str, field: str) -> dict[str, Any]:
+    """What a chat template is told of how much to reason, as a field of the request says.
 
     Raises:
         ApiError: it knows no such thing.
@@ -361,8 +375,8 @@ def _of_effort(effort: str | None, template: str) -> dict[str, Any]:
     if "enable_thinking" in template:  # of Qwen3, GLM, Gemma 4 and others, which reason or do not
         return {"enable_thinking": effort != "none"}
     if effort != "none" or reasoning_style(template) is not None:
-        said = f"reasoning_effort is {effort}, and the model's chat template does not know it. Leave it out."
-        raise ApiError(400, said, param="reasoning_effort")
+        said = f"{field} is {effort}, and the model's chat template does not know it. Leave it out."
+        raise ApiError(400, said, param=field.partition(".")[0])
     return {}
 
 
@@ -408,7 +422,7 @@ class Service:
             said = f"There is no model {name!r:.80}; this server has {self.name!r}."
             raise ApiError(404, said, param="model", code="model_not_found")
 
-    def _check_count(self, prompts: int, body: CompletionRequest | ChatRequest, param: str) -> None:
+    def _check_count(self, prompts: int, body: CompletionRequest | Conversation, param: str) -> None:
         """Whether there are places for so many prompts. Raises ApiError."""
         count = prompts * body.choices
         if count > self.driver.most_rows:
@@ -442,16 +456,15 @@ class Service:
                 raise ApiError(400, said, param="context_tokens")
         return each
 
-    async def chat(self, body: ChatRequest, request: Request) -> Response:
+    async def chat(self, body: Conversation, request: Request) -> Response:
         self.check_model(body.model)
         _record(request).model = self.name
-        self._check_count(1, body, "messages")
-        messages = [message.for_template for message in body.messages]
-        tools = body.called
+        self._check_count(1, body, body.prompt_field)
+        messages, tools = body.for_template, body.called
         with _readable("chat_template_kwargs"):
             variables = checked_variables(body.chat_template_kwargs or {})
         template = (self._codec.tool_template if tools is not None else None) or self._codec.chat_template or ""
-        variables = _of_effort(body.reasoning_effort, template) | variables
+        variables = _of_effort(body.effort, template, body.effort_field) | variables
         encode = functools.partial(
             self._codec.encode_chat,
             messages,
@@ -459,11 +472,11 @@ class Service:
             most_tokens=self.driver.max_prompt_len,
         )
         try:
-            with _readable("messages" if tools is None else "tools"):
+            with _readable(body.prompt_field if tools is None else "tools"):
                 ids = await asyncio.to_thread(encode, tools=None if tools is None else tools.for_template)
         except ApiError:
             if tools is not None:
-                with _readable("messages"):  # which may be at fault by themselves
+                with _readable(body.prompt_field):  # which may be at fault by themselves
                     await asyncio.to_thread(encode)
             raise
         with _readable("tools"):
@@ -471,7 +484,8 @@ class Service:
         # What has to be JSON or a call from its first letter has no room for reasoning
         is_free = body.json_schema is None if calls is None else calls.is_free
         thoughts = self._codec.thoughts(ids, with_tools=tools is not None) if is_free else None
-        return await self._answer(ChatAnswer, body, [ids], "messages", request, calls=calls, thoughts=thoughts)
+        kind = functools.partial(ResponseAnswer, told=body.told) if isinstance(body, ResponseRequest) else ChatAnswer
+        return await self._answer(kind, body, [ids], body.prompt_field, request, calls=calls, thoughts=thoughts)
 
     async def _encoded(self, prompts: Sequence[str] | Sequence[list[int]]) -> list[Ids]:
         def ids(prompt: str | list[int]) -> Ids:
@@ -493,7 +507,7 @@ class Service:
             said = f"Token id {wrong!r:.40} is outside the vocabulary, which has ids 0 to {self._vocabulary - 1}."
             raise ApiError(400, said, param=param)
 
-    def _policy(self, body: CompletionRequest | ChatRequest) -> Policy:
+    def _policy(self, body: CompletionRequest | Conversation) -> Policy:
         """The request's policy; `k` is checked beside it."""
         driver = self.driver
         try:
@@ -522,7 +536,7 @@ class Service:
             said = f"The prompt has {length} tokens, this server takes {most}."
             raise ApiError(400, said, param=param, code=TOO_LONG)
 
-    def _new_tokens(self, prompt: Ids, body: CompletionRequest | ChatRequest, param: str) -> int:
+    def _new_tokens(self, prompt: Ids, body: CompletionRequest | Conversation, param: str) -> int:
         """How many new tokens a row may have. Raises ApiError where the prompt or they do not fit."""
         driver, length, asked = self.driver, len(prompt), body.new_tokens
         asked = 1 if asked == 0 else asked  # which is not told
@@ -535,8 +549,8 @@ class Service:
 
     async def _answer(
         self,
-        kind: type[Answer],
-        body: CompletionRequest | ChatRequest,
+        kind: Callable[..., Answer],
+        body: CompletionRequest | Conversation,
         prompts: Sequence[Ids],
         param: str,
         request: Request,
@@ -591,7 +605,7 @@ class Service:
         return Grammars(self._codec, manifest.model.vocab_size, manifest.special_tokens.eos)
 
     async def _constraint(
-        self, body: CompletionRequest | ChatRequest, calls: Calls | None, thoughts: Thoughts | None, job: Job
+        self, body: CompletionRequest | Conversation, calls: Calls | None, thoughts: Thoughts | None, job: Job
     ) -> Constraint | None:
         """What the rows may write. To find it out may take seconds, so that few are at it at once."""
         schema = body.json_schema
@@ -607,7 +621,7 @@ class Service:
         try:
             return await job.unless_ended(asyncio.get_running_loop().run_in_executor(self._compilers, compiled))
         except InputError as error:
-            raise refused(error, "response_format" if calls is None else "tools") from None
+            raise refused(error, body.format_field if calls is None else "tools") from None
 
     async def _told(
         self, answer: Answer, job: Job, begin: Callable[[], Awaitable[None]], streams: bool, request: Request
@@ -732,6 +746,10 @@ def create_app(
 
     @app.post("/v1/chat/completions", response_class=JSONResponse, responses=generated(ChatCompletion), **keyed)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        return await service.chat(body, request)
+
+    @app.post("/v1/responses", response_class=JSONResponse, responses=generated(ResponseObject), **keyed)
+    async def responses(body: ResponseRequest, request: Request) -> Response:
         return await service.chat(body, request)
 
     paths = [route.path for route in app.routes if hasattr(route, "path") and "{" not in route.path]

@@ -161,6 +161,100 @@ class ChatCompletion(_Said):
     usage: Usage
 
 
+class OutputText(_Said):
+    type: Literal["output_text"]
+    text: str
+    annotations: list[None]
+    logprobs: list[ChatToken]
+
+
+class OutputMessage(_Said):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    status: Literal["completed", "incomplete"]
+    content: list[OutputText]
+
+
+class ReasoningText(_Said):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class ReasoningItem(_Said):
+    id: str
+    type: Literal["reasoning"]
+    summary: list[None]
+    status: Literal["completed", "incomplete"]
+    content: list[ReasoningText]
+
+
+class FunctionCall(_Said):
+    """`arguments` is JSON."""
+
+    id: str
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    status: Literal["completed"]
+
+
+class InputTokens(PromptTokens):
+    cache_write_tokens: Literal[0]
+
+
+class ResponseUsage(_Said):
+    input_tokens: int
+    input_tokens_details: InputTokens
+    output_tokens: int
+    output_tokens_details: CompletionTokens
+    total_tokens: int
+    lora_drop: Steps
+
+
+class Incomplete(_Said):
+    reason: Literal["max_output_tokens"]
+
+
+class ReasoningTold(_Said):
+    effort: str | None
+    summary: None
+
+
+class TextTold(_Said):
+    format: dict[str, Any]
+
+
+class ResponseObject(_Said):
+    """An answer, and what its request said."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: int | None
+    status: Literal["completed", "incomplete"]
+    error: None
+    incomplete_details: Incomplete | None
+    model: str
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, str]
+    parallel_tool_calls: bool
+    previous_response_id: None
+    reasoning: ReasoningTold
+    store: Literal[False]
+    temperature: float
+    text: TextTold
+    tool_choice: str | dict[str, Any]
+    tools: list[dict[str, Any]]
+    top_logprobs: int
+    top_p: float
+    truncation: Literal["disabled"]
+    output: Annotated[list[OutputMessage | ReasoningItem | FunctionCall], Field(min_length=1)]
+    usage: ResponseUsage
+
+
 _WHEN = {
     400: "A field is wrong, unknown, or not supported with this value; `param` names it",
     401: "The key is missing or wrong",

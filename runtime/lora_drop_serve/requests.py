@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
@@ -48,18 +48,19 @@ def _utf8(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_utf8)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Item = TypeVar("Item")
 Stop = Annotated[Text, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 Items = Annotated[list[Item], Field(fail_fast=True)]  # pydantic would tell of each wrong item of millions
 
 
-def _few_fields(data: Any) -> Any:
+def few_fields(data: Any) -> Any:
     if isinstance(data, dict) and len(data) > MOST_FIELDS:
         raise ValueError(f"it has {len(data)} fields, {MOST_FIELDS} are the most")
     return data
 
 
-def _utf8_json(value: Any) -> Any:
+def utf8_json(value: Any) -> Any:
     """The same of texts within JSON."""
     try:
         _utf8(json.dumps(value, ensure_ascii=False, allow_nan=False))
@@ -68,7 +69,7 @@ def _utf8_json(value: Any) -> Any:
     return value
 
 
-_ANY: list[Any] = []  # whatever the value, it changes nothing
+ANY: list[Any] = []  # whatever the value, it changes nothing
 # Fields of OpenAI's API that this server does not have, and the values with which they change nothing
 CHANGES_NOTHING: dict[str, Sequence[Any]] = {
     "best_of": (None, 1),
@@ -84,21 +85,21 @@ CHANGES_NOTHING: dict[str, Sequence[Any]] = {
     "web_search_options": (None,),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
-    "metadata": _ANY,
-    "user": _ANY,
-    "safety_identifier": _ANY,
-    "prompt_cache_key": _ANY,
-    "prompt_cache_options": _ANY,
-    "prompt_cache_retention": _ANY,
+    "metadata": ANY,
+    "user": ANY,
+    "safety_identifier": ANY,
+    "prompt_cache_key": ANY,
+    "prompt_cache_options": ANY,
+    "prompt_cache_retention": ANY,
 }
 
 
-def _describe_the_rest(schema: dict[str, Any]) -> None:
+def _describe_the_rest(schema: dict[str, Any], model: type[Request]) -> None:
     """Add what is taken though it changes nothing to the description of a request."""
-    for name, values in CHANGES_NOTHING.items():
+    for name, values in model.changes_nothing.items():
         if name in schema["properties"]:
             continue
-        said = {} if values is _ANY else {"enum": list(values)}
+        said = {} if values is ANY else {"enum": list(values)}
         schema["properties"][name] = {**said, "description": "Changes nothing."}
 
 
@@ -107,7 +108,7 @@ def _within(found: Bounds) -> Any:
     return Field(gt=found.least, le=found.most) if found.open else Field(ge=found.least, le=found.most)
 
 
-class _Model(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
@@ -141,7 +142,7 @@ def _biases(given: Any) -> Any:
     return given
 
 
-class StreamOptions(_Model):
+class StreamOptions(StrictModel):
     """`continuous_usage_stats`, as vLLM has it: every chunk with a choice has the usage so far."""
 
     include_usage: bool | None = None
@@ -149,15 +150,15 @@ class StreamOptions(_Model):
     continuous_usage_stats: bool | None = None
 
 
-class TextFormat(_Model):
+class TextFormat(StrictModel):
     type: Literal["text"]
 
 
-class JsonObjectFormat(_Model):
+class JsonObjectFormat(StrictModel):
     type: Literal["json_object"]
 
 
-class NamedSchema(_Model):
+class NamedSchema(StrictModel):
     """A schema is followed to the letter, `strict` or not."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -166,7 +167,7 @@ class NamedSchema(_Model):
     strict: bool | None = None
 
 
-class JsonSchemaFormat(_Model):
+class JsonSchemaFormat(StrictModel):
     type: Literal["json_schema"]
     json_schema: NamedSchema
 
@@ -180,11 +181,23 @@ Biases = Annotated[
 ]
 
 
-class _Request(_Model):
-    """Fields of both kinds of request. `k` and `policy` are this server's own, and so are `top_k`, `min_p`,
-    `repetition_penalty` and `ignore_eos`."""
+class Request(StrictModel):
+    """What a request of any kind has. `k` and `policy` are this server's own, and so are `top_k`, `min_p`,
+    `repetition_penalty` and `ignore_eos`.
+
+    Attributes:
+        changes_nothing: fields of the API that are not here, and the values with which they change nothing.
+        format_field: says what form the text has.
+        choices: texts for each prompt.
+        stops: texts that end one.
+        json_schema: that a text follows; None where it is free.
+        includes_usage: whether a stream ends with the usage.
+        includes_usage_so_far: whether each chunk has the usage so far.
+    """
 
     model_config = ConfigDict(json_schema_extra=_describe_the_rest)
+    changes_nothing: ClassVar[Mapping[str, Sequence[Any]]] = CHANGES_NOTHING
+    format_field: ClassVar[str] = "response_format"
 
     model: Text | None = None
     temperature: Annotated[float, _within(bounds.TEMPERATURE)] | None = None
@@ -196,13 +209,8 @@ class _Request(_Model):
     frequency_penalty: Annotated[float, _within(bounds.COUNT_PENALTY)] | None = None
     logit_bias: Annotated[Biases | None, BeforeValidator(_biases)] = None
     seed: Annotated[int, Field(ge=-bounds.SEED.most - 1, le=bounds.SEED.most)] | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    max_tokens: Annotated[int, _within(bounds.TOKENS)] | None = None
-    stop: Annotated[Stop | Annotated[Items[Stop], Field(max_length=MOST_STOPS)] | None, BeforeValidator(_stops)] = None
     ignore_eos: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
     k: Annotated[int, _within(bounds.K)] | Literal["auto"] | None = None
     policy: Text | None = None
 
@@ -212,11 +220,11 @@ class _Request(_Model):
         """Fields of the API that would have to change the answer are errors; others are left out."""
         if not isinstance(data, dict):
             return data
-        kept = dict(_few_fields(data))
-        for name in CHANGES_NOTHING.keys() & data.keys() - cls.model_fields.keys():
-            known, value = CHANGES_NOTHING[name], kept[name]
+        kept = dict(few_fields(data))
+        for name in cls.changes_nothing.keys() & data.keys() - cls.model_fields.keys():
+            known, value = cls.changes_nothing[name], kept[name]
             same = any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in known)
-            if known is not _ANY and not same:
+            if known is not ANY and not same:
                 raise PydanticCustomError(
                     "unsupported_parameter", "this server does not support it with this value", {"param": name}
                 )
@@ -224,46 +232,35 @@ class _Request(_Model):
         return kept
 
     @model_validator(mode="after")
-    def _streams(self) -> _Request:
-        if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("stream_options", "it needs stream: true", {"param": "stream_options"})
-        return self
-
-    @model_validator(mode="after")
-    def _ends(self) -> _Request:
+    def _ends(self) -> Self:
         if self.ignore_eos and self.json_schema is not None:
             raise PydanticCustomError("ignore_eos", "JSON ends with an end token", {"param": "ignore_eos"})
         return self
 
     @property
     def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return []
+
+    @property
+    def choices(self) -> int:
+        return 1
+
+    @property
+    def json_schema(self) -> dict[str, Any] | None:
+        return None
+
+    @property
+    def includes_usage(self) -> bool:
+        return False
+
+    @property
+    def includes_usage_so_far(self) -> bool:
+        return False
 
     @property
     def biases(self) -> dict[int, float]:
         """By token id."""
         return {int(token): bias for token, bias in (self.logit_bias or {}).items()}
-
-    @property
-    def choices(self) -> int:
-        return self.n or 1
-
-    @property
-    def json_schema(self) -> dict[str, Any] | None:
-        """A JSON schema that the text follows; None where it is free."""
-        if isinstance(self.response_format, JsonSchemaFormat):
-            return self.response_format.json_schema.schema_
-        return {"type": "object"} if isinstance(self.response_format, JsonObjectFormat) else None
-
-    @property
-    def includes_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-    @property
-    def includes_usage_so_far(self) -> bool:
-        """Whether each chunk has the usage so far."""
-        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     @property
     def sampling(self) -> list[SamplingOptions]:
@@ -283,7 +280,45 @@ class _Request(_Model):
         return [first.seeded((self.seed + choice) % (int(bounds.SEED.most) + 1)) for choice in range(self.choices)]
 
 
-class CompletionRequest(_Request):
+class _Generation(Request):
+    """Fields of completions and chats."""
+
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    max_tokens: Annotated[int, _within(bounds.TOKENS)] | None = None
+    stop: Annotated[Stop | Annotated[Items[Stop], Field(max_length=MOST_STOPS)] | None, BeforeValidator(_stops)] = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _streams(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("stream_options", "it needs stream: true", {"param": "stream_options"})
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def json_schema(self) -> dict[str, Any] | None:
+        if isinstance(self.response_format, JsonSchemaFormat):
+            return self.response_format.json_schema.schema_
+        return {"type": "object"} if isinstance(self.response_format, JsonObjectFormat) else None
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def includes_usage_so_far(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
+
+class CompletionRequest(_Generation):
     """The body of /v1/completions."""
 
     usual_tokens: ClassVar[int | None] = 16  # where none are asked for and as many fit: the API's default
@@ -353,12 +388,12 @@ class CompletionRequest(_Request):
         return self.logprobs
 
 
-class TextPart(_Model):
+class TextPart(StrictModel):
     type: Literal["text"]
     text: Text
 
 
-def _arguments(value: Any) -> Any:
+def as_arguments(value: Any) -> Any:
     """JSON, as the API has it; templates write it themselves. An empty text is what some clients send for none."""
     if not isinstance(value, str):
         return value
@@ -368,14 +403,14 @@ def _arguments(value: Any) -> Any:
         raise ValueError("the arguments of a call are no JSON") from None
 
 
-class CalledFunction(_Model):
+class CalledFunction(StrictModel):
     model_config = ConfigDict(extra="ignore")  # the client library's own, such as `parsed_arguments`
 
     name: Text
-    arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)]
+    arguments: Annotated[dict[str, Any], BeforeValidator(as_arguments)]
 
 
-class MessageCall(_Model):
+class MessageCall(StrictModel):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["function"] = "function"
@@ -396,7 +431,7 @@ def _describe_what_is_said(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [{"required": ["content"]}, {"required": ["tool_calls"]}]
 
 
-class Message(_Model):
+class Message(StrictModel):
     """What a role says. Fields beside these go to the template as they are."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra=_describe_what_is_said)
@@ -405,7 +440,7 @@ class Message(_Model):
     content: Annotated[Text | Items[TextPart] | None, BeforeValidator(_texts)] = None
     tool_calls: Items[MessageCall] | None = None
 
-    _few_fields = model_validator(mode="before")(_few_fields)
+    _few_fields = model_validator(mode="before")(few_fields)
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:
@@ -422,24 +457,107 @@ class Message(_Model):
         return {**(self.model_extra or {}), "role": role, "content": content, "tool_calls": calls}
 
 
-class ChatRequest(_Request):
-    """The body of /v1/chat/completions."""
+class Conversation(Request):
+    """What a request has whose prompt is a conversation.
+
+    Attributes:
+        prompt_field: has the conversation.
+        for_template: its messages, as chat templates have them.
+        called_tools, called_choice: as the chat's API has them.
+        effort: how much to reason.
+    """
 
     usual_tokens: ClassVar[int | None] = None  # as many as fit
     scores_prompt: ClassVar[bool] = False
     context_tokens: ClassVar[None] = None
+    prompt_field: ClassVar[str]
+    effort_field: ClassVar[str]
+
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(few_fields), AfterValidator(utf8_json)] | None = (
+        None
+    )
+
+    @model_validator(mode="after")
+    def _ends_a_call(self) -> Self:
+        if self.ignore_eos and self.called_tools:
+            raise PydanticCustomError("ignore_eos", "calls of tools end with an end token", {"param": "ignore_eos"})
+        return self
+
+    @property
+    def for_template(self) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    @property
+    def called_tools(self) -> list[dict[str, Any]] | None:
+        raise NotImplementedError
+
+    @property
+    def called_choice(self) -> object:
+        raise NotImplementedError
+
+    @property
+    def effort(self) -> str | None:
+        raise NotImplementedError
+
+    @property
+    def new_tokens(self) -> int | None:
+        """How many new tokens there may be; None for as many as are usual."""
+        raise NotImplementedError
+
+    @property
+    def limit_field(self) -> str:
+        """The field that says how many."""
+        raise NotImplementedError
+
+    @property
+    def likeliest(self) -> int | None:
+        """How many of the likeliest tokens are told with each; None tells no logprobs."""
+        raise NotImplementedError
+
+    @property
+    def called(self) -> Tools | None:
+        """The tools that the model may call; None where it is to call none.
+
+        Raises:
+            ApiError: they or the choice are none, or a form of the text stands beside them.
+        """
+        if not self.called_tools:
+            if self.called_choice not in (None, NONE, AUTO):
+                raise ApiError(400, "tool_choice: it needs tools.", param="tool_choice")
+            return None
+        choice = AUTO if self.called_choice is None else self.called_choice
+        parallel = self.parallel_tool_calls is not False
+        try:
+            Tools(self.called_tools)
+        except InputError as error:
+            raise refused(error, "tools") from None
+        try:
+            tools = Tools(self.called_tools, choice, parallel=parallel)
+        except InputError as error:
+            raise refused(error, "tool_choice") from None
+        if choice == NONE:
+            return None
+        if self.json_schema is not None:
+            field = self.format_field
+            said = f"{field}: it cannot be followed beside tools; use one of the two, or tool_choice: none."
+            raise ApiError(400, said, param=field)
+        return tools
+
+
+class ChatRequest(_Generation, Conversation):
+    """The body of /v1/chat/completions."""
+
+    prompt_field: ClassVar[str] = "messages"
+    effort_field: ClassVar[str] = "reasoning_effort"
 
     messages: Annotated[Items[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, _within(bounds.TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
-    tools: Annotated[Items[dict[str, Any]], Field(max_length=MOST_TOOLS), AfterValidator(_utf8_json)] | None = None
+    tools: Annotated[Items[dict[str, Any]], Field(max_length=MOST_TOOLS), AfterValidator(utf8_json)] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_few_fields), AfterValidator(_utf8_json)] | None = (
-        None
-    )
+    reasoning_effort: Effort | None = None
 
     @field_validator("messages", mode="before")
     @classmethod
@@ -458,9 +576,23 @@ class ChatRequest(_Request):
             raise PydanticCustomError("max_tokens", "it differs from max_completion_tokens", {"param": "max_tokens"})
         if self.top_logprobs is not None and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "it needs logprobs: true", {"param": "top_logprobs"})
-        if self.ignore_eos and self.tools:
-            raise PydanticCustomError("ignore_eos", "calls of tools end with an end token", {"param": "ignore_eos"})
         return self
+
+    @property
+    def for_template(self) -> list[dict[str, Any]]:
+        return [message.for_template for message in self.messages]
+
+    @property
+    def called_tools(self) -> list[dict[str, Any]] | None:
+        return self.tools
+
+    @property
+    def called_choice(self) -> object:
+        return self.tool_choice
+
+    @property
+    def effort(self) -> str | None:
+        return self.reasoning_effort
 
     @property
     def new_tokens(self) -> int | None:
@@ -468,38 +600,8 @@ class ChatRequest(_Request):
 
     @property
     def limit_field(self) -> str:
-        """The field that says how many new tokens there may be."""
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def likeliest(self) -> int | None:
-        """As for a completion."""
         return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def called(self) -> Tools | None:
-        """The tools that the model may call; None where it is to call none.
-
-        Raises:
-            ApiError: they or the choice are none, or a response format stands beside them.
-        """
-        if not self.tools:
-            if self.tool_choice not in (None, NONE, AUTO):
-                raise ApiError(400, "tool_choice: it needs tools.", param="tool_choice")
-            return None
-        choice = AUTO if self.tool_choice is None else self.tool_choice
-        parallel = self.parallel_tool_calls is not False
-        try:
-            Tools(self.tools)
-        except InputError as error:
-            raise refused(error, "tools") from None
-        try:
-            tools = Tools(self.tools, choice, parallel=parallel)
-        except InputError as error:
-            raise refused(error, "tool_choice") from None
-        if choice == NONE:
-            return None
-        if self.json_schema is not None:
-            said = "response_format: it cannot be followed beside tools; use one of the two, or tool_choice: none."
-            raise ApiError(400, said, param="response_format")
-        return tools

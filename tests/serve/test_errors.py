@@ -22,11 +22,12 @@ from lora_drop_serve.app import ACCEPT_LOG_SECONDS, _LoopErrors
 from lora_drop_serve.errors import of_validation
 from lora_drop_serve.log import Log
 from lora_drop_serve.requests import CHANGES_NOTHING, MOST_BODY_BYTES, ChatRequest, CompletionRequest, Message
+from lora_drop_serve.responses import ResponseRequest
 from pydantic import ValidationError
 
 from tests.support.serving import Served, serving, word_bundle
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 HI = [{"role": "user", "content": "t1"}]
 
 
@@ -483,7 +484,8 @@ def test_a_threshold_is_that_of_its_policy(bundle: Bundle) -> None:
 
 # ── anything at all ────────────────────────────────────────────────────────────────────────────────────────────
 
-NAMES = sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, *CHANGES_NOTHING, "x"})
+KINDS = CompletionRequest, ChatRequest, ResponseRequest
+NAMES = sorted({"x", *CHANGES_NOTHING, *(name for kind in KINDS for name in kind.model_fields)})
 TEXTS = st.text(st.characters(codec=None), max_size=8) | st.sampled_from(["t1 t2", "user", "skip", "auto", "lossless"])
 NUMBERS = st.integers(-3, 40) | st.integers() | st.floats() | st.sampled_from([0, 1, 2, 0.5, 1.0])
 LEAVES = st.none() | st.booleans() | NUMBERS | TEXTS
@@ -494,30 +496,46 @@ MESSAGES = st.lists(
     st.fixed_dictionaries({"role": TEXTS, "content": TEXTS | VALUES}, optional={"name": VALUES, "tool_calls": VALUES}),
     max_size=3,
 )
+ITEMS = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "type": st.sampled_from(["message", "function_call", "function_call_output", "reasoning"]) | VALUES,
+            **dict.fromkeys(("role", "content", "call_id", "name", "output", "summary"), TEXTS | VALUES),
+            "arguments": st.just("{}") | VALUES,
+        },
+    ),
+    max_size=3,
+)
 BODY = st.builds(
     lambda prompt, rest: {**rest, **prompt},
     st.fixed_dictionaries({}, optional={"prompt": st.lists(st.integers(0, 130), min_size=1, max_size=9) | VALUES})
-    | st.fixed_dictionaries({"messages": MESSAGES | VALUES}),
+    | st.fixed_dictionaries({"messages": MESSAGES | VALUES})
+    | st.fixed_dictionaries({"input": ITEMS | VALUES}),
     st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=4),
 )
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from([COMPLETIONS, CHAT]), BODY, st.booleans())
-def test_any_json_is_answered(served: Served, path: str, body: dict[str, Any], rare: bool) -> None:
-    content = json.dumps({**body, "max_tokens": 2} if not rare else body)
+@given(BODY, st.booleans())
+def test_any_json_is_answered(served: Served, body: dict[str, Any], rare: bool) -> None:
+    path = RESPONSES if "input" in body else CHAT if "messages" in body else COMPLETIONS
+    limit = {"max_output_tokens" if path == RESPONSES else "max_tokens": 2}
+    content = json.dumps(body if rare else {**body, **limit})
     answer = served.http.post(path, content=content.encode(), headers={"Content-Type": "application/json"})
     assert answer.status_code in (200, 400, 404), answer.text
     if answer.status_code != 200:
         check_error(answer, answer.status_code, answer.json()["error"]["param"])
-    elif body.get("stream"):
-        assert answer.text.endswith("data: [DONE]\n\n")
+    elif not body.get("stream"):
+        assert answer.json()["usage"]["total_tokens"] > 0
+    elif path == RESPONSES:
+        assert json.loads(answer.text.splitlines()[-2].removeprefix("data: "))["response"]["usage"]
     else:
-        assert answer.json()["usage"]["completion_tokens"] >= 0
+        assert answer.text.endswith("data: [DONE]\n\n")
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from([COMPLETIONS, CHAT, "/v1/models", "/"]), st.binary(max_size=60))
+@given(st.sampled_from([COMPLETIONS, CHAT, RESPONSES, "/v1/models", "/"]), st.binary(max_size=60))
 def test_any_bytes_are_answered(served: Served, path: str, body: bytes) -> None:
     answer = served.http.post(path, content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code in (400, 404, 405)

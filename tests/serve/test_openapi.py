@@ -20,7 +20,7 @@ from tests.support.serving import Served, serving
 
 KEY = {"Authorization": "Bearer sesame"}
 GET = "/health", "/ready", "/metrics", "/v1/models", "/v1/models/{name}"
-POST = "/v1/completions", "/v1/chat/completions"
+POST = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 ROUTES = [*(("GET", path) for path in GET), *(("POST", path) for path in POST)]
 ANSWERS = {200, 400, 401, 404}  # 408, 413, 429, 500 and 503 take other causes than a small body
 
