@@ -81,6 +81,14 @@ def test_readme_and_tools(
         assert code == 0, (words, capsys.readouterr().err)
 
 
+def test_lines_are_as_long_as_a_reader_wants() -> None:
+    """But those of tables and commands, and a link alone."""
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        long = [line for line in text.splitlines() if len(line) > 120 and line[0] != "|" and " " in line.strip()]
+        assert not long, page
+
+
 def test_sessions_and_batches_are_opened_as_the_pages_say() -> None:
     found = 0
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
