@@ -44,7 +44,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .answers import Answer, ChatAnswer, CompletionAnswer
 from .driver import Driver, Job, RowRequest
-from .errors import ApiError, closing, of_validation, refused, too_slow
+from .errors import ApiError, closing, of_validation, refused, too_slow, unavailable
 from .log import Log
 from .openapi import (
     METRICS_ANSWER,
@@ -622,6 +622,8 @@ class Service:
             return await job.unless_ended(asyncio.get_running_loop().run_in_executor(self._compilers, compiled))
         except InputError as error:
             raise refused(error, body.format_field if calls is None else "tools") from None
+        except LoraDropError as error:
+            raise unavailable(error) from None
 
     async def _told(
         self, answer: Answer, job: Job, begin: Callable[[], Awaitable[None]], streams: bool, request: Request

@@ -52,12 +52,20 @@ class ApiError(Exception):
         return HTTPStatus(self.status).phrase.encode()
 
 
+def _sentences(*parts: str) -> str:
+    return " ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in parts if part)
+
+
 def refused(error: LoraDropError, param: str | None = None, code: str | None = None) -> ApiError:
     """What the runtime refuses, as an error of the request."""
-    # Hints that name an option are for commands
-    parts = error.fact, error.note, None if error.hint and "--" in error.hint else error.hint
-    said = " ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in parts if part)
-    return ApiError(400, said, param=param, code=code)
+    hint = "" if "--" in error.hint else error.hint  # those that name an option are for commands
+    return ApiError(400, _sentences(error.fact, error.note, hint), param=param, code=code)
+
+
+def unavailable(error: LoraDropError) -> ApiError:
+    """What the machine lacks for this request alone; the others go on."""
+    said = _sentences(error.fact, error.note)
+    return ApiError(503, said, code="unavailable", headers={"Retry-After": "5"})
 
 
 def closing() -> ApiError:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -408,6 +410,29 @@ def test_without_llguidance(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> 
         assert "llguidance cannot be imported" in error["message"]
         check_error(served.http.post(CHAT, json={**body, "tools": TOOLS}), 400, "tools")
         assert served.http.post(CHAT, json=body).status_code == 200
+
+
+def test_a_schema_that_cannot_be_compiled_now_can_be_sent_again(
+    served: Served, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What the machine lacks for the process that compiles it is no error of the request, and none of the server's."""
+    tool = {"type": "function", "function": {"name": "never_compiled"}}
+    bodies = [{**schema({"const": "now"}), "max_tokens": 9}, {"tools": [tool], "tool_choice": "required"}]
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_drop_runtime.grammars.trial.subprocess.run", _no_file_descriptors)
+        for body in bodies:
+            answer = served.http.post(CHAT, json={"messages": HI, **body})
+            error = check_error(answer, 503, None)
+            assert (error["code"], answer.headers["retry-after"]) == ("unavailable", "5")
+            assert "cannot be compiled now" in error["message"]
+            assert "Too many open files" in error["message"]
+    assert "Traceback" not in capfd.readouterr().err
+    assert served.http.post(CHAT, json={"messages": HI, **bodies[0]}).status_code == 200
+    served.await_rows(0)
+
+
+def _no_file_descriptors(*_: object, **__: object) -> None:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def test_what_is_compiled_counts_as_waiting(served: Served) -> None:

@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 
+from lora_drop_runtime.errors import LoraDropError
+
 SECONDS = 3  # of the processor, which a busy machine does not shorten
 MEMORY = 192 << 20  # bytes; 2500 properties or 15000 values of an enum need half of it
 STACK = 3 << 19  # bytes, less than a thread has anywhere
@@ -27,7 +29,7 @@ except ImportError:  # Windows
     pass
 else:
     for limit, most in (
-        (resource.RLIMIT_CPU, ({SECONDS}, {SECONDS})),
+        (resource.RLIMIT_CPU, ({SECONDS}, {SECONDS + 1})),  # SIGXCPU, where one limit for both would be SIGKILL
         (resource.RLIMIT_AS, ({MEMORY}, {MEMORY})),
         (resource.RLIMIT_STACK, ({STACK}, resource.getrlimit(resource.RLIMIT_STACK)[1])),
         (resource.RLIMIT_CORE, (0, 0)),
@@ -53,16 +55,29 @@ sys.stdout.buffer.write(matcher.get_error().encode())
 """
 
 
+def _lack(note: str) -> LoraDropError:
+    return LoraDropError(
+        "The schema or grammar cannot be compiled now.",
+        note=note,
+        hint="Free memory, processes or open files, or raise the limits on them (ulimit -v, -u, -n).",
+    )
+
+
 def _end(code: int) -> str:
-    """How a process that wrote nothing came to its end."""
-    limits = [getattr(signal, name) for name in ("SIGXCPU", "SIGKILL") if hasattr(signal, name)]
-    if -code in limits:
+    """How a process that wrote nothing came to its end. Raises LoraDropError: others have ended it."""
+    if -code == getattr(signal, "SIGXCPU", None):
         return f"it takes more than {SECONDS} seconds to compile"
+    if -code == getattr(signal, "SIGKILL", None):
+        raise _lack("The process that compiles it was killed, as the system does where memory is short.")
     return "it is nested too deep, or takes too much memory"
 
 
 def compile_apart(grammar: str) -> str:
-    """What is wrong with a grammar of llguidance's; empty where nothing is."""
+    """What is wrong with a grammar of llguidance's; empty where nothing is.
+
+    Raises:
+        LoraDropError: this machine cannot say so now.
+    """
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-c", _PROGRAM],
@@ -73,6 +88,8 @@ def compile_apart(grammar: str) -> str:
         )
     except subprocess.TimeoutExpired:
         return f"it takes more than {_WALL} seconds to compile"
+    except OSError as error:
+        raise _lack(f"The process that compiles it cannot be started: {error}.") from None
     if done.returncode:
         return _end(done.returncode)
     return done.stdout.decode(errors="replace")

@@ -14,7 +14,7 @@ import pytest
 from lora_drop_runtime import Batch, SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.constraint import Constraint
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import InputError, LoraDropError
 from lora_drop_runtime.grammars import trial
 from lora_drop_runtime.grammars.grammar import MOST_CHARACTERS, Grammars, checked_schema
 from lora_drop_runtime.text import TextCodec
@@ -228,7 +228,7 @@ def test_schemas_that_cannot_be_followed_are_refused(grammars: Grammars, schema:
 
 def test_a_schema_that_takes_for_ever_is_refused(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the processor's time, where memory would allow it; here by a third of that."""
-    limits = {str(trial.MEMORY): str(1 << 30), f"({trial.SECONDS}, {trial.SECONDS})": "(1, 1)"}
+    limits = {str(trial.MEMORY): str(1 << 30), f"({trial.SECONDS}, {trial.SECONDS + 1})": "(1, 2)"}
     for limit, other in limits.items():
         monkeypatch.setattr(trial, "_PROGRAM", trial._PROGRAM.replace(limit, other))
     monkeypatch.setattr(trial, "SECONDS", 1)
@@ -241,6 +241,23 @@ def test_signals_that_end_a_server_end_no_compilation(grammars: Grammars, monkey
     come = "import os\nfor one in (1, 2, 15):\n    os.kill(os.getpid(), one)\nfrom llguidance"
     monkeypatch.setattr(trial, "_PROGRAM", trial._PROGRAM.replace("from llguidance", come, 1))
     grammars.json_schema({"const": "signals"})
+
+
+def test_a_compilation_that_others_end_is_no_fault_of_the_schema(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the system does where memory is short, or by a limit on processes or open files."""
+
+    def refused(schema: Any) -> str:
+        with pytest.raises(LoraDropError, match="cannot be compiled now") as caught:
+            grammars.json_schema(schema)
+        assert not isinstance(caught.value, InputError)
+        return caught.value.note
+
+    monkeypatch.setattr(trial, "_PROGRAM", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert "was killed" in refused({"const": "killed"})
+    monkeypatch.setattr(trial.sys, "executable", "/nowhere/python")
+    assert "cannot be started: [Errno 2]" in refused({"const": "not started"})
 
 
 def test_limits_that_the_system_does_not_take_refuse_nothing(
