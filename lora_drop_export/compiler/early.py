@@ -87,11 +87,17 @@ def windows_of_config(config: Any) -> tuple[int, ...] | None:
 
 
 def _head_dims(config: Any, width: int) -> frozenset[int]:
-    """Values of a head in each layer; where layers differ transformers gives them by a layer's own config alone."""
-    return frozenset(
-        getattr(layer, "head_dim", None) or width // (getattr(layer, "num_attention_heads", None) or 1)
-        for layer in getattr(config, "per_layer_config", (config,))
-    )
+    """Values of a head's caches in each layer; where layers differ transformers gives them by a layer's own config.
+
+    In latent attention `head_dim` is that part of a key which RoPE turns.
+    """
+
+    def width_of(layer: Any) -> int:
+        key = getattr(layer, "qk_head_dim", None) or getattr(layer, "head_dim", None)
+        key = key or width // (getattr(layer, "num_attention_heads", None) or 1)
+        return max(key, getattr(layer, "v_head_dim", None) or 0)
+
+    return frozenset(width_of(layer) for layer in getattr(config, "per_layer_config", (config,)))
 
 
 def _check_calibration(

@@ -95,6 +95,22 @@ def _refuse_experts(experts: Any, config: Any) -> None:
             )
 
 
+def _refuse_groups(router: Any, count: int) -> None:
+    """Groups of experts, of which a router chooses some first, that are not alike or have too few experts."""
+    if not hasattr(router, "num_group") or getattr(router, "topk_method", None) == "greedy":
+        return
+    groups, chosen, experts = router.num_group, router.topk_group, router.top_k
+    least = 1 if hasattr(router, "topk_method") else 2  # but for DeepSeek-V2's, a group counts by its two best
+    known = all(type(number) is int and number > 0 for number in (groups, chosen, experts))
+    if not known or count % groups or count // groups < least or not experts <= chosen * count // groups <= count:
+        raise ModelError(
+            "The model's config cannot be used.",
+            note=f"Its routers choose {experts!r:.80} experts out of {chosen!r:.80} groups (topk_group) of "
+            f"{groups!r:.80} (n_group); there are {count} experts.",
+            hint="Check config.json.",
+        )
+
+
 def refuse_by_modules(model: Any, layers: Any) -> None:
     """Features that the modules show; a family of MoE models may have dense ones, too."""
     family = type(model).__name__.removesuffix("ForCausalLM")
@@ -102,6 +118,8 @@ def refuse_by_modules(model: Any, layers: Any) -> None:
         mixtures = [module for module in layer.modules() if is_of_experts(module)]
         for experts in mixtures:
             _refuse_experts(experts, model.config)
+            for router in layer.modules():
+                _refuse_groups(router, experts.gate_up_proj.shape[0])
         for name, module in layer.named_modules():
             if name in ("encoder_attn", "crossattention"):  # Bart and kin, which count positions too
                 raise unsupported("cross attention", model.config)

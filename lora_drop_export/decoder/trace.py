@@ -259,7 +259,8 @@ def _dry_run(wrapper: Any, layers: Any) -> tuple[_Calls, LayerCalls]:
         raise ModelError(
             "The model cannot be run step by step.",
             note=f"Model type {wrapper.model.config.model_type!r}: {first_line(error)}",
-            hint="Choose a decoder whose layers are attention through transformers' attention interface and MLP.",
+            hint="Check the sizes in config.json. A decoder is needed whose layers are attention through transformers' "
+            "attention interface and MLP.",
         ) from error
     config = wrapper.model.config
     if len(seen.outputs) != len(layers):

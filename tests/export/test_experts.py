@@ -27,7 +27,7 @@ from lora_drop_export.cli import main
 from lora_drop_export.decoder.loaded import load_model
 from lora_drop_export.weights.resolve import find_tensor
 from tests.support.bundles import more_family
-from tests.support.models import FEW, build, gemma4_experts, gpt_oss, granitemoe, qwen2_moe
+from tests.support.models import FEW, build, deepseek_v2, deepseek_v3, gemma4_experts, gpt_oss, granitemoe, qwen2_moe
 
 BOTH = ["--target", "ort", "--target", "openvino"]
 WHOLE = ["--always-first", "0", "--always-last", "0", "--max-seq-len", "32", "--threads", "1"]
@@ -358,6 +358,25 @@ def test_routers_that_choose_nothing_or_too_many(builder, name, number, tmp_path
     config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {name: number}), "utf-8")
     assert main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *WHOLE]) == 2
     assert f"Its routers send a token to {number} experts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("builder", "numbers", "said"),
+    [
+        (deepseek_v3, {"n_group": 3}, "1 groups (topk_group) of 3 (n_group); there are 4 experts"),
+        (deepseek_v3, {"n_group": 0}, "1 groups (topk_group) of 0 (n_group)"),
+        (deepseek_v3, {"n_group": 4, "topk_group": 2}, "2 groups (topk_group) of 4 (n_group)"),
+        (deepseek_v3, {"topk_group": 3}, "3 groups (topk_group) of 2 (n_group)"),
+        (deepseek_v3, {"num_experts_per_tok": 3}, "3 experts out of 1 groups (topk_group) of 2 (n_group)"),
+        (deepseek_v2, {"topk_method": "group_limited_greedy"}, "None groups (topk_group) of None (n_group)"),
+    ],
+)
+def test_groups_that_the_experts_do_not_make(builder, numbers, said, tmp_path, capsys):
+    builder().save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | numbers), "utf-8")
+    assert main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *WHOLE]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_experts_of_a_model_that_sees(tmp_path):

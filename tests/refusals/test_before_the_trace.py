@@ -69,6 +69,18 @@ def test_caches_in_8_bits_of_layers_that_differ(passes):
 
 
 @pytest.mark.usefixtures("stops_at_the_trace")
+def test_caches_in_8_bits_of_latent_attention(export_refused, passes, monkeypatch, tmp_path):
+    """They hold the wider of keys and values, of which the config's `head_dim` is a part alone."""
+    monkeypatch.setattr("lora_drop_export.targets.trt.target.check_buildable", lambda *_: None)
+    options = ("--target", "tensorrt", "--kv-dtype", "int8")
+    export_refused(*options, model=more_family("deepseek_v3").directory, words=("A head has 24 values", "of 16"))
+    model = shutil.copytree(more_family("deepseek_v3").directory, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"v_head_dim": 32}))
+    passes(*options, model=model)
+
+
+@pytest.mark.usefixtures("stops_at_the_trace")
 @pytest.mark.parametrize("arguments", ["--dtype fp16", "--dtype bf16", "--target none"])
 def test_an_old_onnx_runtime_is_good_for_a_gpu(passes, monkeypatch, arguments):
     monkeypatch.setattr("onnxruntime.__version__", "1.31.2")
