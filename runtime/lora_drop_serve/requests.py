@@ -339,7 +339,7 @@ class CompletionRequest(_Generation):
         texts = all(isinstance(part, str) for part in parts)
         ids = isinstance(prompt, list) and all(type(part) is int for part in parts)
         rows = all(isinstance(part, list) and all(type(one) is int for one in part) for part in parts)
-        if not parts or not (texts or ids or rows):
+        if not parts or prompt == "" or not (texts or ids or rows):
             raise ValueError("it has to be a text, a list of token ids, or a list of either, and not empty")
         return prompt
 

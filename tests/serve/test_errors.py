@@ -247,6 +247,7 @@ def test_no_number_is_not_a_number(served: Served, field: str, number: str) -> N
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text alone"),
         (CHAT, {"messages": [{"role": "user"}]}, "content is missing"),
         (CHAT, {"messages": HI, **dict.fromkeys(map(str, range(10**4)), 0)}, "fields"),
+        (COMPLETIONS, {"prompt": ""}, "not empty"),
         (COMPLETIONS, {"prompt": [[]] * 4095 + [0]}, "not empty"),
         (COMPLETIONS, {"prompt": [[5]] * 10**5}, "4096 are the most"),
         (COMPLETIONS, {"prompt": [""] * 10**5}, "4096 are the most"),
