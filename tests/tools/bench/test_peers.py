@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +103,15 @@ def test_reasons_against_peers(hf_directory: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(InputError, match="that was named") as caught:
         check_named(alone, {"llama.cpp": None, "transformers": "not there"})
     assert caught.value.note == "transformers: not there."
+
+
+def test_the_extra_brings_all_that_its_peers_need() -> None:
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    brought = {package.partition(">=")[0] for package in project["optional-dependencies"]["bench-peers"]}
+    beside = {"optimum-onnx", "openvino-genai"}  # in environments of their own
+    kinds = [kind for name, kind in bench_peers.PEERS.items() if name not in beside]
+    assert brought == {package for kind in kinds for package in kind.package.split()}
+    assert "onnx-ir" in brought  # which onnxruntime-genai's builder imports
 
 
 def test_what_is_not_installed_is_found_missing() -> None:

@@ -35,7 +35,12 @@ class PeerKind:
 
 
 PEERS = {
-    "onnxruntime-genai": PeerKind("onnxruntime_genai", "onnxruntime-genai", "directory", ("float32", "int8", "int4")),
+    "onnxruntime-genai": PeerKind(
+        "onnxruntime_genai",
+        "onnxruntime-genai onnx-ir torch transformers",  # the last three for its builder
+        "directory",
+        ("float32", "int8", "int4"),
+    ),
     "llama.cpp": PeerKind("llama_cpp", "llama-cpp-python", "gguf", ("float32", "int8", "int4")),
     "transformers": PeerKind("transformers", "transformers", "directory", ("float32",)),
     "optimum-onnx": PeerKind(
