@@ -49,6 +49,8 @@ def test_paired_difference_by_hand() -> None:
     figure = paired_difference(ours, full)
     half = 1.959964 * math.sqrt(5 - 4 / 12) / 12
     assert (figure.value, figure.low, figure.high) == pytest.approx((-0.2, -1 / 6 - half, -1 / 6 + half))
+    one = paired_difference([0.0], [1.0])  # (0 - 1) / 3 less 1.96 · √(2 - 1/3) / 3 were -1.18
+    assert (one.value, one.low) == (-1.0, -1.0)
     same = paired_difference(full, full)
     assert same.value == 0
     assert same.low < 0 < same.high  # nothing lost in ten items is no proof

@@ -54,12 +54,14 @@ def _discordant(values: Sequence[float], full: Sequence[float]) -> tuple[int, in
 
 
 def paired_difference(values: Sequence[float], full: Sequence[float]) -> Figure:
-    """The difference of two shares over the same items, with Agresti and Min's interval (½ added to each cell)."""
+    """The difference of two shares over the same items, with Agresti and Min's interval (½ added to each cell), of
+    which no part is beyond ±1.
+    """
     count = len(values)
     better, worse = _discordant(values, full)
     centre = (better - worse) / (count + 2)
     half = Z * math.sqrt(better + worse + 1 - (better - worse) ** 2 / (count + 2)) / (count + 2)
-    return Figure((better - worse) / count, centre - half, centre + half, count)
+    return Figure((better - worse) / count, max(-1.0, centre - half), min(1.0, centre + half), count)
 
 
 def mcnemar(won: int, lost: int) -> McNemar:

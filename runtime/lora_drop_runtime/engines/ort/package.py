@@ -65,7 +65,8 @@ def import_onnxruntime() -> Any:
             raise InputError(
                 "ONNX Runtime is not installed.",
                 note=f"It runs bundles of target ort, the default: {first_line(error)}.",
-                hint=f"{install_command('cpu')}; on a machine with an NVIDIA GPU {install_command('cuda')}.",
+                hint=f"{install_command('cpu')}; on a machine with an NVIDIA GPU {install_command('cuda')}; or use "
+                "--target openvino.",
             ) from None
         found = both_installed() or f"{packages[0]} is installed."
         extra = " or ".join(f"'lora-drop-export[{EXTRAS[package]}]'" for package in packages)
