@@ -116,8 +116,9 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first thing that pydantic found wrong with a body."""
     error = errors[0]
     place = [part for part in map(str, error["loc"]) if part != "body" and not _PYDANTICS.search(part)]
-    if place[:1] == ["response_format"] and len(place) > 2:
-        del place[1]  # its type, which the formats are told apart by
+    for form in (["response_format"], ["text", "format"]):
+        if place[: len(form)] == form and len(place) > len(form) + 1:
+            del place[len(form)]  # its type, which the formats are told apart by
     if error["type"] == "json_invalid":
         return ApiError(400, f"The body is no JSON: {error.get('ctx', {}).get('error', error['msg'])}.", code="json")
     param = error.get("ctx", {}).get("param") or (place[0] if place else None)

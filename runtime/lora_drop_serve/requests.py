@@ -48,7 +48,7 @@ def _utf8(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_utf8)]
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Item = TypeVar("Item")
 Stop = Annotated[Text, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 Items = Annotated[list[Item], Field(fail_fast=True)]  # pydantic would tell of each wrong item of millions
@@ -162,7 +162,7 @@ class NamedSchema(StrictModel):
     """A schema is followed to the letter, `strict` or not."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-    description: str | None = None
+    description: Text | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     strict: bool | None = None
 

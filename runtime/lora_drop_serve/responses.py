@@ -66,6 +66,8 @@ class FunctionTool(StrictModel):
 
 
 class FunctionChoice(StrictModel):
+    model_config = ConfigDict(extra="ignore")
+
     type: Literal["function"]
     name: Text
 
@@ -80,6 +82,11 @@ class ReasoningOptions(StrictModel):
 
 class ResponseStreamOptions(StrictModel):
     include_obfuscation: Literal[False] | None = None  # there is none
+
+
+def _fields(model: StrictModel) -> dict[str, Any]:
+    """Those that are there, as JSON has them. Schemas stay as they are: pydantic takes none that is nested deep."""
+    return {name.rstrip("_"): value for name, value in model if value is not None}
 
 
 def _items(given: Any) -> Any:
@@ -194,6 +201,7 @@ class ResponseRequest(Conversation):
         "background": (None, False),
         "background_options": (None,),
         "access_programs": (None,),
+        "client_metadata": ANY,  # of Codex
         "context_management": (None, []),
         "conversation": (None,),
         "image": (None,),
@@ -223,7 +231,7 @@ class ResponseRequest(Conversation):
     tools: Annotated[Items[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Annotated[Literal["none", "auto", "required"] | FunctionChoice | None, BeforeValidator(_choice)] = None
     reasoning: ReasoningOptions | None = None
-    metadata: Annotated[dict[str, Text], BeforeValidator(few_fields)] | None = None
+    metadata: Annotated[dict[Text, Text], BeforeValidator(few_fields)] | None = None
     stream_options: ResponseStreamOptions | None = None
 
     @model_validator(mode="after")
@@ -248,10 +256,8 @@ class ResponseRequest(Conversation):
 
     @property
     def called_tools(self) -> list[dict[str, Any]] | None:
-        return [
-            {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
-            for tool in self.tools or ()
-        ] or None
+        functions = [_fields(tool) for tool in self.tools or ()]
+        return [{"type": function.pop("type"), "function": function} for function in functions] or None
 
     @property
     def called_choice(self) -> object:
@@ -277,7 +283,7 @@ class ResponseRequest(Conversation):
     @property
     def told(self) -> dict[str, Any]:
         """What an answer says of its request."""
-        given = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        form = TextFormat(type="text") if self.text is None or self.text.format is None else self.text.format
         return {
             "instructions": self.instructions,
             "max_output_tokens": self.max_output_tokens,
@@ -287,9 +293,9 @@ class ResponseRequest(Conversation):
             "reasoning": {"effort": self.effort, "summary": None},
             "store": False,
             "temperature": 1.0 if self.temperature is None else self.temperature,
-            "text": {"format": given.get("text", {}).get("format") or {"type": "text"}},
-            "tool_choice": given.get("tool_choice", "auto"),
-            "tools": [{"parameters": None, "strict": True, **tool} for tool in given.get("tools", ())],
+            "text": {"format": _fields(form)},
+            "tool_choice": dict(choice) if isinstance(choice := self.tool_choice, FunctionChoice) else choice or "auto",
+            "tools": [{"parameters": None, "strict": True, **_fields(tool)} for tool in self.tools or ()],
             "top_logprobs": self.top_logprobs or 0,
             "top_p": 1.0 if self.top_p is None else self.top_p,
             "truncation": "disabled",

@@ -55,6 +55,13 @@ def client(served: Served) -> Iterator[openai.OpenAI]:
         yield client
 
 
+def deep(levels: int) -> list[Any]:
+    found = list[Any]()
+    for _ in range(levels):
+        found = [found]
+    return found
+
+
 def asked(bundle: Bundle, tokens: int = 180, seed: int = 3, **fields: Any) -> dict[str, Any]:
     extra = {"seed": seed, **fields.pop("extra_body", {})}
     given = {"model": bundle.manifest.model.name, "input": "Hi", "max_output_tokens": tokens, "extra_body": extra}
@@ -187,6 +194,15 @@ def test_what_it_says_of_its_request(client: openai.OpenAI, bundle: Bundle) -> N
     assert {name: found[name] for name in given if name != "tools"} == {n: v for n, v in given.items() if n != "tools"}
     assert [tool["parameters"] for tool in found["tools"]] == [CITY, None]
     assert (found["store"], found["previous_response_id"]) == (False, None)
+
+
+def test_it_says_schemas_that_are_nested_deep(served: Served) -> None:
+    """Of tools that are not called no template writes them."""
+    tool = {**FLAT[0], "parameters": {"default": deep(300)}}
+    fields = {"input": "Hi", "max_output_tokens": 1, "tools": [tool], "tool_choice": "none"}
+    assert served.http.post(RESPONSES, json=fields).json()["tools"] == [{"strict": True, **tool}]
+    events = served.http.post(RESPONSES, json={**fields, "stream": True}).text
+    assert events.count(json.dumps(tool["parameters"], separators=(",", ":"))) == 3
 
 
 def test_schemas_are_followed(client: openai.OpenAI, bundle: Bundle) -> None:
@@ -352,6 +368,10 @@ WRONG = [
     ({"reasoning": {"effort": "high"}}, "reasoning"),
     ({"reasoning": {"effort": "huge"}}, "reasoning"),
     ({"text": {"format": {"type": "xml"}}}, "text"),
+    ({"text": {"format": {**SCHEMA, "description": "\ud800"}}}, "text"),
+    ({"text": {"format": {**SCHEMA, "schema": {"default": deep(300)}}}}, "text"),
+    ({"tools": [{**FLAT[0], "parameters": {"default": deep(300)}}]}, "tools"),
+    ({"metadata": {"\ud800": "a"}}, "metadata"),
     ({"text": {"format": {"type": "json_schema", "name": "s", "schema": {"type": "nothing"}}}}, "text"),
     ({"text": {"format": SCHEMA}, "tools": FLAT}, "text"),
     ({"text": {"format": SCHEMA}, "ignore_eos": True}, "ignore_eos"),
@@ -375,6 +395,13 @@ def test_what_is_refused(served: Served, fields: dict[str, Any], param: str | No
         assert answer.status_code == 200
         return
     check_error(answer, 404 if param == "model" else 400, param)
+
+
+def test_what_is_wrong_with_a_format_is_said_of_its_field(served: Served) -> None:
+    """Not of its type, too, which pydantic tells formats apart by."""
+    for form, place in (({"type": "json_schema"}, "name"), ({**SCHEMA, "schema": 1}, "schema")):
+        answer = served.http.post(RESPONSES, json={"input": "Hi", "text": {"format": form}})
+        assert answer.json()["error"]["message"].startswith(f"text.format.{place}: ")
 
 
 def test_what_changes_nothing_is_taken(served: Served) -> None:
