@@ -276,13 +276,14 @@ def _sse(data: dict[str, Any]) -> bytes:
 
 
 async def _events(answer: Answer, job: Job, record: Record) -> AsyncIterator[bytes]:
-    """The chunks of an answer; those that are there at once go out together."""
+    """The chunks of an answer; those that are there at once go out together, also those before it breaks off."""
+    out = list[bytes]()
     try:
         begin = b"".join(map(_sse, answer.first_chunks()))
         if begin:
             yield begin
         while not answer.is_over:
-            out = list[bytes]()
+            out = []
             for told in await job.told():
                 chunks = answer.chunks(told)
                 out += map(_sse, chunks)
@@ -293,7 +294,7 @@ async def _events(answer: Answer, job: Job, record: Record) -> AsyncIterator[byt
         yield b"".join(map(_sse, answer.last_chunks())) + answer.end
     except ApiError as error:
         record.fails(error.body)
-        yield b"".join(map(_sse, answer.failed(error)))
+        yield b"".join([*out, *map(_sse, answer.failed(error))])
 
 
 def _stream(answer: Answer, job: Job, record: Record) -> Response:

@@ -350,7 +350,7 @@ class ResponseAnswer(Answer):
     def failed(self, error: ApiError) -> list[dict[str, Any]]:
         code = "invalid_prompt" if error.status < 500 else "server_error"
         said = {"code": code, "message": error.body["error"]["message"]}
-        return [self._of_all("failed", "failed", error=said)]
+        return [*self._close("incomplete"), self._of_all("failed", "failed", error=said)]
 
     def whole(self) -> Iterator[str]:
         yield as_json(self._response(self._status))

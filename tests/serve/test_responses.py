@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.grammars.calls import ToolCall
 from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_runtime.text import TextCodec
-from lora_drop_serve.answers import Piece
+from lora_drop_serve.answers import ChatAnswer, Piece
+from lora_drop_serve.app import _events
 from lora_drop_serve.errors import ApiError
 from lora_drop_serve.responses import ResponseAnswer, ResponseRequest
 
@@ -266,6 +268,42 @@ def test_reasoning_text_and_calls_are_items(bundle: Bundle) -> None:
     (failed,) = answer.failed(ApiError(500, "It is lost."))
     assert (failed["type"], failed["response"]["status"]) == ("response.failed", "failed")
     assert failed["response"]["error"] == {"code": "server_error", "message": "It is lost."}
+
+
+@pytest.mark.parametrize("kind", [ResponseAnswer, ChatAnswer])
+def test_what_came_before_a_stream_breaks_off_is_told(bundle: Bundle, kind: Any) -> None:
+    """Though it came together with what breaks it off."""
+    pieces = [Piece(text, SimpleNamespace(kind=StepKind.LORA), None) for text in ("So", " be")]  # type: ignore[arg-type]
+
+    def take(piece: Piece | None) -> Piece:
+        if piece is None:
+            raise ApiError(500, "It is lost.")
+        return piece
+
+    async def told() -> list[Any]:
+        return [SimpleNamespace(row=0, event=piece) for piece in (*pieces, None)]
+
+    async def parts() -> bytes:
+        return b"".join([part async for part in _events(answer, job, record)])
+
+    options: dict[str, Any] = {"logprobs": False, "includes_usage": False, "includes_usage_so_far": False}
+    if kind is ResponseAnswer:
+        options["told"] = ResponseRequest(input="Hi").told
+    answer = kind(TextCodec.open(bundle.root / "tokenizer"), "m", 2, 1, [], verifies=False, **options)
+    answer.choices = [SimpleNamespace(take=take, finish=None, is_over=False)]
+    failures = list[Any]()
+    job: Any = SimpleNamespace(told=told)
+    record: Any = SimpleNamespace(fails=failures.append)
+    lines = asyncio.run(parts()).decode().splitlines()
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    assert [failure["error"]["message"] for failure in failures] == ["It is lost."]
+    if kind is ChatAnswer:
+        *chunks, last = events
+        assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == "So be"
+        assert last == failures[0]
+        return
+    (item,) = gathered(events)
+    assert (item["status"], item["content"][0]["text"]) == ("incomplete", "So be")
 
 
 def test_an_answer_without_any_text_has_an_empty_message(client: openai.OpenAI, bundle: Bundle) -> None:
