@@ -282,6 +282,8 @@ def errors(*statuses: int) -> Responses:
 def generated(model: type[BaseModel]) -> Responses:
     """For a route that generates: whole, or a stream of events where the request has `stream`."""
     events = "A chunk of the API after each `data: `, at last `[DONE]`. An error on the way is an error object."
+    if model is ResponseObject:
+        events = "Events of the API, with their type behind `event: ` and in `data`. An error is `response.failed`."
     stream = {"schema": {"description": events}}  # no type: readers take it for that of each event, or of all
     done = {"model": model, "description": "The answer", "content": {"text/event-stream": stream}}
     refused = {"model": ErrorAnswer, "description": "The request is refused"}  # not FastAPI's own 422

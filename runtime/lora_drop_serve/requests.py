@@ -94,12 +94,24 @@ CHANGES_NOTHING: dict[str, Sequence[Any]] = {
 }
 
 
+def _only(value: Any) -> dict[str, Any]:
+    """The schema of one value. Generators of clients take no list within `enum`, and no null beside another type."""
+    if isinstance(value, list):
+        return {
+            "type": "array",
+            "items": {"enum": value} if value else {},
+            "minItems": len(value),
+            "maxItems": len(value),
+        }
+    return {"type": "null"} if value is None else {"const": value}
+
+
 def _describe_the_rest(schema: dict[str, Any], model: type[Request]) -> None:
     """Add what is taken though it changes nothing to the description of a request."""
     for name, values in model.changes_nothing.items():
         if name in schema["properties"]:
             continue
-        said = {} if values is ANY else {"enum": list(values)}
+        said = {} if values is ANY else {"anyOf": [_only(value) for value in values]}
         schema["properties"][name] = {**said, "description": "Changes nothing."}
 
 

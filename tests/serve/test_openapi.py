@@ -42,6 +42,21 @@ def test_it_describes_all_routes(described: Any) -> None:
     assert sorted((one.method.upper(), one.path) for one in found) == sorted(ROUTES)
 
 
+def enums(value: Any) -> Iterator[list[Any]]:
+    held = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else []
+    if isinstance(value, dict) and isinstance(value.get("enum"), list):
+        yield value["enum"]
+    for one in held:
+        yield from enums(one)
+
+
+def test_generators_of_clients_can_read_it(keyed: Served) -> None:
+    """openapi-python-client leaves out a route whose body has an `enum` of lists, or of several types."""
+    found = list(enums(keyed.http.get("/openapi.json").json()))
+    assert found
+    assert all({type(value) for value in values} in ({str}, {int}) for values in found)
+
+
 # What hypothesis makes depends on which modules are loaded
 EXAMPLES = {("positive", "POST"): 45, ("negative", "POST"): 30}
 NAMED, PLAIN = 20, 10  # of a path with a name in it, and of those that take nothing
