@@ -178,7 +178,10 @@ def _messages(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         item = _Item(place, fields)
         if item.type == "message":
             role = item.word("role")
-            add("system" if role == "developer" else role, item.text("content"))
+            if role == "assistant" and found and found[-1]["tool_calls"] and not thoughts:  # one turn, as chats have it
+                found[-1]["content"] += item.text("content")
+            else:
+                add("system" if role == "developer" else role, item.text("content"))
         elif item.type == "function_call":
             if thoughts or not found or found[-1]["role"] != "assistant":
                 add("assistant", "")

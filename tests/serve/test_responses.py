@@ -342,7 +342,7 @@ def test_a_conversation_goes_to_the_template(client: openai.OpenAI, bundle: Bund
 
 
 def test_messages_of_a_template() -> None:
-    """Reasoning goes with the turn of the assistant that it stands before."""
+    """Reasoning goes with the turn of the assistant that it stands before, and text behind calls with theirs."""
     thought = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]}
     call = {"type": "function_call", "call_id": "1", "name": "f", "arguments": ""}
     made = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
@@ -354,6 +354,10 @@ def test_messages_of_a_template() -> None:
                 {"role": "assistant", "content": "A", "tool_calls": None},
                 {"role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": [made]},
             ],
+        ),
+        (
+            [{"role": "assistant", "content": "A"}, call, {"role": "assistant", "content": " B"}],
+            [{"role": "assistant", "content": "A B", "tool_calls": [made]}],
         ),
         ([thought, {"role": "user", "content": "A"}], [{"role": "user", "content": "A", "tool_calls": None}]),
     ):
