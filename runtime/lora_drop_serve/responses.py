@@ -63,6 +63,7 @@ class FunctionTool(StrictModel):
     name: Text
     description: Text | None = None
     parameters: Annotated[dict[str, Any], AfterValidator(utf8_json)] | None = None
+    strict: bool | None = None  # followed they are anyway
 
 
 class FunctionChoice(StrictModel):

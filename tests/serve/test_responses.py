@@ -364,6 +364,13 @@ def test_messages_of_a_template() -> None:
         assert ResponseRequest(input=items).for_template == wanted  # type: ignore[arg-type]
 
 
+def test_tools_go_to_the_template_as_those_of_a_chat_do() -> None:
+    tool = {**FLAT[0], "strict": False}
+    of_chats = {"type": "function", "function": {**TOOLS[0]["function"], "strict": False}}
+    found = ResponseRequest(input="Hi", tools=[tool, FLAT[1]]).called_tools  # type: ignore[list-item]
+    assert found == [of_chats, TOOLS[1]]
+
+
 def test_an_answer_may_be_sent_back(client: openai.OpenAI, bundle: Bundle) -> None:
     fields = asked(bundle, tools=FLAT, tool_choice=NAMED)
     response = client.responses.create(**fields)
