@@ -34,7 +34,7 @@ RUNTIME = [
 SERVE = [
     ["server", "ray_app"],
     ["app"],
-    ["records", "responses"],
+    ["records", "response_answers", "response_requests"],
     ["answers", "requests"],
     ["driver"],
     ["errors", "key", "log", "metrics", "names", "openapi"],

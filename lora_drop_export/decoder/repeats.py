@@ -115,6 +115,14 @@ class LayerCalls:
                 del layer.forward
                 hook.remove()
 
+    @property
+    def is_complex(self) -> bool:
+        """Whether a layer was given complex numbers."""
+        import torch
+
+        given = [one for args, kwargs in self.arguments for one in (*args, *kwargs.values())]
+        return any(isinstance(one, torch.Tensor) and one.is_complex() for one in given)
+
     def own(self, layer: int) -> tuple[int, ...]:
         """The places of the tensors behind its input that a layer alone was given."""
         import torch

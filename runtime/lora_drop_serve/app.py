@@ -60,7 +60,8 @@ from .openapi import (
 )
 from .records import GONE, Record, Records
 from .requests import MOST_BODY_BYTES, ChatRequest, CompletionRequest, Conversation
-from .responses import ResponseAnswer, ResponseRequest
+from .response_answers import ResponseAnswer
+from .response_requests import ResponseRequest
 
 BODY_SECONDS = 120  # that a client may take for a body
 DISCARD_SECONDS = 10  # that a body which is refused may still come

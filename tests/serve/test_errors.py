@@ -22,7 +22,7 @@ from lora_drop_serve.app import ACCEPT_LOG_SECONDS, _LoopErrors
 from lora_drop_serve.errors import of_validation
 from lora_drop_serve.log import Log
 from lora_drop_serve.requests import CHANGES_NOTHING, MOST_BODY_BYTES, ChatRequest, CompletionRequest, Message
-from lora_drop_serve.responses import ResponseRequest
+from lora_drop_serve.response_requests import ResponseRequest
 from pydantic import ValidationError
 
 from tests.support.serving import Served, serving, word_bundle

@@ -19,7 +19,8 @@ from lora_drop_runtime.text import TextCodec
 from lora_drop_serve.answers import ChatAnswer, Piece
 from lora_drop_serve.app import _events
 from lora_drop_serve.errors import ApiError
-from lora_drop_serve.responses import ResponseAnswer, ResponseRequest
+from lora_drop_serve.response_answers import ResponseAnswer
+from lora_drop_serve.response_requests import ResponseRequest
 
 from tests.support.bundles import make_bundle
 from tests.support.serving import Served, serving
