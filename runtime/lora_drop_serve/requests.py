@@ -199,6 +199,7 @@ class Request(StrictModel):
 
     Attributes:
         changes_nothing: fields of the API that are not here, and the values with which they change nothing.
+        reasons: why those of them with other values are refused, where there is more to say.
         format_field: says what form the text has.
         choices: texts for each prompt.
         stops: texts that end one.
@@ -209,6 +210,7 @@ class Request(StrictModel):
 
     model_config = ConfigDict(json_schema_extra=_describe_the_rest)
     changes_nothing: ClassVar[Mapping[str, Sequence[Any]]] = CHANGES_NOTHING
+    reasons: ClassVar[Mapping[str, str]] = {}
     format_field: ClassVar[str] = "response_format"
 
     model: Text | None = None
@@ -237,9 +239,8 @@ class Request(StrictModel):
             known, value = cls.changes_nothing[name], kept[name]
             same = any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in known)
             if known is not ANY and not same:
-                raise PydanticCustomError(
-                    "unsupported_parameter", "this server does not support it with this value", {"param": name}
-                )
+                said = cls.reasons.get(name, "this server does not support it with this value")
+                raise PydanticCustomError("unsupported_parameter", "{said}", {"param": name, "said": said})
             del kept[name]
         return kept
 

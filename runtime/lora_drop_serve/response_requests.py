@@ -213,6 +213,10 @@ class ResponseRequest(Conversation):
         "prompt_cache_options": ANY,
         "prompt_cache_retention": ANY,
     }
+    reasons: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("background", "conversation", "previous_response_id", "store"),
+        "this server stores nothing; send the whole conversation as input, and wait for the answer",
+    )
     format_field: ClassVar[str] = "text"
     prompt_field: ClassVar[str] = "input"
     effort_field: ClassVar[str] = "reasoning.effort"

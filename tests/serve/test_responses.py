@@ -463,5 +463,7 @@ def test_what_changes_nothing_is_taken(served: Served) -> None:
 
 
 def test_nothing_is_stored(served: Served) -> None:
+    answer = served.http.post(RESPONSES, json={"input": "Hi", "previous_response_id": "resp_1"})
+    assert "send the whole conversation" in check_error(answer, 400, "previous_response_id")["message"]
     response = served.http.post(RESPONSES, json={"input": "Hi", "max_output_tokens": 1}).json()
     check_error(served.http.get(f"{RESPONSES}/{response['id']}"), 404)
