@@ -458,7 +458,8 @@ class Service:
                 raise ApiError(400, said, param="context_tokens")
         return each
 
-    async def chat(self, body: Conversation, request: Request) -> Response:
+    async def chat(self, body: Conversation, kind: Callable[..., Answer], request: Request) -> Response:
+        """`kind` makes the answer, of what `Answer` is made of."""
         self.check_model(body.model)
         _record(request).model = self.name
         self._check_count(1, body, body.prompt_field)
@@ -486,7 +487,6 @@ class Service:
         # What has to be JSON or a call from its first letter has no room for reasoning
         is_free = body.json_schema is None if calls is None else calls.is_free
         thoughts = self._codec.thoughts(ids, with_tools=tools is not None) if is_free else None
-        kind = functools.partial(ResponseAnswer, told=body.told) if isinstance(body, ResponseRequest) else ChatAnswer
         return await self._answer(kind, body, [ids], body.prompt_field, request, calls=calls, thoughts=thoughts)
 
     async def _encoded(self, prompts: Sequence[str] | Sequence[list[int]]) -> list[Ids]:
@@ -750,11 +750,11 @@ def create_app(
 
     @app.post("/v1/chat/completions", response_class=JSONResponse, responses=generated(ChatCompletion), **keyed)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        return await service.chat(body, request)
+        return await service.chat(body, ChatAnswer, request)
 
     @app.post("/v1/responses", response_class=JSONResponse, responses=generated(ResponseObject), **keyed)
     async def responses(body: ResponseRequest, request: Request) -> Response:
-        return await service.chat(body, request)
+        return await service.chat(body, functools.partial(ResponseAnswer, told=body.told), request)
 
     paths = [route.path for route in app.routes if hasattr(route, "path") and "{" not in route.path]
     app.add_middleware(Gate, key=api_key, driver=driver, records=records, paths=paths)

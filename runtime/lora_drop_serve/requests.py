@@ -60,6 +60,13 @@ def few_fields(data: Any) -> Any:
     return data
 
 
+def count_parts(items: Any, fields: Sequence[str]) -> int:
+    """How many parts the lists of these fields have, in all objects of a list."""
+    held = [one for one in items if isinstance(one, dict)] if isinstance(items, list) else []
+    lists = [one.get(name) for one in held for name in fields]
+    return sum(len(one) for one in lists if isinstance(one, list))
+
+
 def utf8_json(value: Any) -> Any:
     """The same of texts within JSON."""
     try:
@@ -70,27 +77,31 @@ def utf8_json(value: Any) -> Any:
 
 
 ANY: list[Any] = []  # whatever the value, it changes nothing
-# Fields of OpenAI's API that this server does not have, and the values with which they change nothing
+# Fields of OpenAI's APIs that this server does not have, and the values with which they change nothing: of all of them,
+# and of completions and chats
+IN_ALL_CHANGES_NOTHING: dict[str, Sequence[Any]] = {
+    "moderation": (None,),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "user": ANY,
+    "safety_identifier": ANY,
+    "prompt_cache_key": ANY,
+    "prompt_cache_options": ANY,
+    "prompt_cache_retention": ANY,
+}
 CHANGES_NOTHING: dict[str, Sequence[Any]] = {
+    **IN_ALL_CHANGES_NOTHING,
+    "metadata": ANY,
     "best_of": (None, 1),
     "suffix": (None, ""),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "modalities": (None, ["text"]),
     "audio": (None,),
-    "moderation": (None,),
     "prediction": (None,),
     "reasoning_effort": (None, "none"),
     "verbosity": (None, "medium"),
     "web_search_options": (None,),
-    "service_tier": (None, "auto", "default"),
-    "store": (None, False),
-    "metadata": ANY,
-    "user": ANY,
-    "safety_identifier": ANY,
-    "prompt_cache_key": ANY,
-    "prompt_cache_options": ANY,
-    "prompt_cache_retention": ANY,
 }
 
 
@@ -115,7 +126,7 @@ def _describe_the_rest(schema: dict[str, Any], model: type[Request]) -> None:
         schema["properties"][name] = {**said, "description": "Changes nothing."}
 
 
-def _within(found: Bounds) -> Any:
+def within(found: Bounds) -> Any:
     """A number of the runtime's bounds, as a field's constraint."""
     return Field(gt=found.least, le=found.most) if found.open else Field(ge=found.least, le=found.most)
 
@@ -188,7 +199,7 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 
 
 Biases = Annotated[
-    dict[Annotated[str, Field(pattern=_TOKEN_ID)], Annotated[float, _within(bounds.BIAS)]],
+    dict[Annotated[str, Field(pattern=_TOKEN_ID)], Annotated[float, within(bounds.BIAS)]],
     Field(max_length=MOST_BIASES, json_schema_extra={"additionalProperties": False}),
 ]
 
@@ -214,18 +225,18 @@ class Request(StrictModel):
     format_field: ClassVar[str] = "response_format"
 
     model: Text | None = None
-    temperature: Annotated[float, _within(bounds.TEMPERATURE)] | None = None
+    temperature: Annotated[float, within(bounds.TEMPERATURE)] | None = None
     top_p: Annotated[float, Field(ge=0, le=bounds.TOP_P.most)] | None = None
-    top_k: Annotated[int, _within(bounds.TOP_K)] | None = None
-    min_p: Annotated[float, _within(bounds.SHARE)] | None = None
-    repetition_penalty: Annotated[float, _within(bounds.PENALTY)] | None = None
-    presence_penalty: Annotated[float, _within(bounds.COUNT_PENALTY)] | None = None
-    frequency_penalty: Annotated[float, _within(bounds.COUNT_PENALTY)] | None = None
+    top_k: Annotated[int, within(bounds.TOP_K)] | None = None
+    min_p: Annotated[float, within(bounds.SHARE)] | None = None
+    repetition_penalty: Annotated[float, within(bounds.PENALTY)] | None = None
+    presence_penalty: Annotated[float, within(bounds.COUNT_PENALTY)] | None = None
+    frequency_penalty: Annotated[float, within(bounds.COUNT_PENALTY)] | None = None
     logit_bias: Annotated[Biases | None, BeforeValidator(_biases)] = None
     seed: Annotated[int, Field(ge=-bounds.SEED.most - 1, le=bounds.SEED.most)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
-    k: Annotated[int, _within(bounds.K)] | Literal["auto"] | None = None
+    k: Annotated[int, within(bounds.K)] | Literal["auto"] | None = None
     policy: Text | None = None
 
     @model_validator(mode="before")
@@ -297,7 +308,7 @@ class _Generation(Request):
     """Fields of completions and chats."""
 
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    max_tokens: Annotated[int, _within(bounds.TOKENS)] | None = None
+    max_tokens: Annotated[int, within(bounds.TOKENS)] | None = None
     stop: Annotated[Stop | Annotated[Items[Stop], Field(max_length=MOST_STOPS)] | None, BeforeValidator(_stops)] = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -439,6 +450,10 @@ def _texts(content: Any) -> Any:
     return content
 
 
+def role_for_template(role: str) -> str:
+    return "system" if role == "developer" else role  # its name in newer versions of the API
+
+
 def _describe_what_is_said(schema: dict[str, Any]) -> None:
     """What `_says_something` asks for, for the description."""
     schema["anyOf"] = [{"required": ["content"]}, {"required": ["tool_calls"]}]
@@ -465,9 +480,9 @@ class Message(StrictModel):
     def for_template(self) -> dict[str, Any]:
         # None stands beside calls alone, where templates of Qwen3 and others want an empty text
         content = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
-        role = "system" if self.role == "developer" else self.role  # its name in newer versions of the API
         calls = [{**dict(call), "function": dict(call.function)} for call in self.tool_calls or ()] or None
-        return {**(self.model_extra or {}), "role": role, "content": content, "tool_calls": calls}
+        said = {"role": role_for_template(self.role), "content": content, "tool_calls": calls}
+        return {**(self.model_extra or {}), **said}
 
 
 class Conversation(Request):
@@ -565,7 +580,7 @@ class ChatRequest(_Generation, Conversation):
     effort_field: ClassVar[str] = "reasoning_effort"
 
     messages: Annotated[Items[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
-    max_completion_tokens: Annotated[int, _within(bounds.TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, within(bounds.TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     tools: Annotated[Items[dict[str, Any]], Field(max_length=MOST_TOOLS), AfterValidator(utf8_json)] | None = None
@@ -575,9 +590,7 @@ class ChatRequest(_Generation, Conversation):
     @field_validator("messages", mode="before")
     @classmethod
     def _few_parts(cls, messages: Any) -> Any:
-        held = [one for one in messages if isinstance(one, dict)] if isinstance(messages, list) else []
-        lists = [one.get(name) for one in held for name in ("content", "tool_calls")]
-        count = sum(len(one) for one in lists if isinstance(one, list))
+        count = count_parts(messages, ("content", "tool_calls"))
         if count > MOST_PARTS:
             raise ValueError(f"they have {count} parts and calls, {MOST_PARTS} are the most")
         return messages

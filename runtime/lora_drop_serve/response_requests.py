@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 from .errors import ApiError
 from .requests import (
     ANY,
+    IN_ALL_CHANGES_NOTHING,
     MOST_MESSAGES,
     MOST_PARTS,
     MOST_TOP,
@@ -30,8 +31,11 @@ from .requests import (
     Text,
     TextFormat,
     as_arguments,
+    count_parts,
     few_fields,
+    role_for_template,
     utf8_json,
+    within,
 )
 
 LOGPROBS = "message.output_text.logprobs"  # in `include`
@@ -89,8 +93,7 @@ def _items(given: Any) -> Any:
         raise ValueError("it has to be a text, or a list of items, and not empty")
     if len(given) > MOST_MESSAGES:
         raise ValueError(f"{len(given)} items are too many, {MOST_MESSAGES} are the most")
-    lists = [item.get(name) for item in given for name in ("content", "output", "summary")]
-    if sum(len(one) for one in lists if isinstance(one, list)) > MOST_PARTS:
+    if count_parts(given, ("content", "output", "summary")) > MOST_PARTS:
         raise ValueError(f"they have more than {MOST_PARTS} parts")
     for item in given:
         few_fields(item)
@@ -173,7 +176,7 @@ def _messages(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if role == "assistant" and found and found[-1]["tool_calls"] and not thoughts:  # one turn, as chats have it
                 found[-1]["content"] += item.text("content")
             else:
-                add("system" if role == "developer" else role, item.text("content"))
+                add(role_for_template(role), item.text("content"))
         elif item.type == "function_call":
             if thoughts or not found or found[-1]["role"] != "assistant":
                 add("assistant", "")
@@ -193,6 +196,7 @@ class ResponseRequest(Conversation):
     """The body of /v1/responses."""
 
     changes_nothing: ClassVar[Mapping[str, Sequence[Any]]] = {
+        **IN_ALL_CHANGES_NOTHING,
         "background": (None, False),
         "background_options": (None,),
         "access_programs": (None,),
@@ -201,17 +205,9 @@ class ResponseRequest(Conversation):
         "conversation": (None,),
         "image": (None,),
         "max_tool_calls": ANY,  # of the API's own tools
-        "moderation": (None,),
         "previous_response_id": (None,),
         "prompt": (None,),
-        "service_tier": (None, "auto", "default"),
-        "store": (None, False),
         "truncation": (None, "disabled"),
-        "user": ANY,
-        "safety_identifier": ANY,
-        "prompt_cache_key": ANY,
-        "prompt_cache_options": ANY,
-        "prompt_cache_retention": ANY,
     }
     reasons: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("background", "conversation", "previous_response_id", "store"),
@@ -223,7 +219,7 @@ class ResponseRequest(Conversation):
 
     input: Annotated[Text | Annotated[list[dict[str, Any]], AfterValidator(utf8_json)], BeforeValidator(_items)]
     instructions: Text | None = None
-    max_output_tokens: Annotated[int, Field(ge=bounds.TOKENS.least, le=bounds.TOKENS.most)] | None = None
+    max_output_tokens: Annotated[int, within(bounds.TOKENS)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     include: Items[Text] | None = None
     text: TextOptions | None = None
@@ -250,8 +246,8 @@ class ResponseRequest(Conversation):
     @property
     def for_template(self) -> list[dict[str, Any]]:
         said = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
-        first = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
-        return [*_messages(first), *_messages(said)] if first else _messages(said)
+        first = {"role": "system", "content": self.instructions, "tool_calls": None}
+        return [*([] if self.instructions is None else [first]), *_messages(said)]
 
     @property
     def called_tools(self) -> list[dict[str, Any]] | None:

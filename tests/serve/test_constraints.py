@@ -55,14 +55,18 @@ HI: list[Any] = [{"role": "user", "content": "Hi"}]
 FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}}
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    root = tmp_path_factory.mktemp("constraints") / "b"
+def calling_bundle(root: Path) -> Bundle:
+    """Whose template has tools, and whose tokens are bytes and the marks of calls."""
     make_bundle("llama", root, drop_layers=(3, 4, 6), k=3, max_batch=8, max_seq_len=256)
     (root / "tokenizer").mkdir(exist_ok=True)
     (root / "tokenizer/chat_template.jinja").write_text(TEMPLATE)
     byte_tokenizer(root, calls=True)
     return Bundle.open(root)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return calling_bundle(tmp_path_factory.mktemp("constraints") / "b")
 
 
 @pytest.fixture(scope="module")

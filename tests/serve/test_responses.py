@@ -22,11 +22,9 @@ from lora_drop_serve.errors import ApiError
 from lora_drop_serve.response_answers import ResponseAnswer
 from lora_drop_serve.response_requests import ResponseRequest
 
-from tests.support.bundles import make_bundle
 from tests.support.serving import Served, serving
-from tests.support.tokenizers import byte_tokenizer
 
-from .test_constraints import CITY, FORMAT, HI, TEMPLATE, TOOLS, WEATHER, City, said
+from .test_constraints import CITY, FORMAT, HI, TOOLS, WEATHER, City, calling_bundle, said
 from .test_errors import RESPONSES, check_alive, check_error
 
 FLAT: list[Any] = [{"type": "function", **tool["function"]} for tool in TOOLS]
@@ -37,12 +35,7 @@ LOGPROBS: Any = ["message.output_text.logprobs"]
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    root = tmp_path_factory.mktemp("responses") / "b"
-    make_bundle("llama", root, drop_layers=(3, 4, 6), k=3, max_batch=8, max_seq_len=256)
-    (root / "tokenizer").mkdir(exist_ok=True)
-    (root / "tokenizer/chat_template.jinja").write_text(TEMPLATE)
-    byte_tokenizer(root, calls=True)
-    return Bundle.open(root)
+    return calling_bundle(tmp_path_factory.mktemp("responses") / "b")
 
 
 @pytest.fixture(scope="module")
