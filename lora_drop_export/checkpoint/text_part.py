@@ -10,17 +10,38 @@ from .checkpoint import TensorSource
 
 # Model types that give their text, where no picture is, to an ordinary decoder as it is
 SEEING = (
+    "deepseek_vl",
+    "exaone4_5",
     "gemma3",
     "gemma4",
+    "glm46v",
+    "glm4v",
+    "glm4v_moe",
+    "idefics2",
     "idefics3",
     "internvl",
+    "janus",
+    "lighton_ocr",
     "llava",
     "llava_next",
     "llava_onevision",
     "mistral3",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_vl",
     "smolvlm",
 )
+# Decoders that rotate by three positions of a token, and what they are where these are one, as in a text
+_ONE_POSITION = {
+    "glm4v_moe_text": "glm4_moe",
+    "glm4v_text": "glm4",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen2_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+}
+_OF_THREE_POSITIONS = ("mrope_interleaved", "mrope_section", "type")  # the last is rope_type, as it was called before
 _IN_PART = re.compile(r"(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(.*)")
+_BESIDE_TOWER = re.compile(r"model\.(?:embed_tokens|layers|norm)\..*")  # where the decoder has no prefix of its own
 
 
 def own_names(names: Iterable[str]) -> dict[str, str]:
@@ -35,12 +56,24 @@ def own_names(names: Iterable[str]) -> dict[str, str]:
 
 def text_tensors(tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
     """Those of the decoder and of its head, under the checkpoint's names."""
-    return {name: one for name, one in tensors.items() if _IN_PART.fullmatch(name) or name.startswith("lm_head.")}
+    inside = _IN_PART if any(map(_IN_PART.fullmatch, tensors)) else _BESIDE_TOWER
+    return {name: one for name, one in tensors.items() if inside.fullmatch(name) or name.startswith("lm_head.")}
+
+
+def _of_one_position(text: Any) -> Any:
+    from transformers import AutoConfig
+
+    fields = text.to_dict()
+    rope = {name: value for name, value in fields.pop("rope_parameters").items() if name not in _OF_THREE_POSITIONS}
+    rope.setdefault("partial_rotary_factor", 1.0)  # GLM 4's is another one
+    return AutoConfig.for_model(_ONE_POSITION[fields.pop("model_type")], rope_parameters=rope, **fields)
 
 
 def text_config(config: Any) -> Any:
     """Of the decoder alone; its end tokens are the whole model's, where that has some, as in transformers."""
     text = config.get_text_config()
+    if text.model_type in _ONE_POSITION:
+        text = _of_one_position(text)
     text.tie_word_embeddings = text.tie_word_embeddings or getattr(config, "tie_word_embeddings", False)
     if getattr(config, "eos_token_id", None) is not None:
         text.eos_token_id = config.eos_token_id

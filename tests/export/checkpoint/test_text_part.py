@@ -17,7 +17,7 @@ from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.checkpoint.text_part import own_names, text_config
 from lora_drop_export.cli import main
 from lora_drop_export.decoder.loaded import load_model
-from tests.support.bundles import heads_of, more_family
+from tests.support.bundles import Family, family, heads_of, more_family
 from tests.support.models import SIZES
 
 TEXT: dict[str, Any] = SIZES | {"num_hidden_layers": 3, "head_dim": 16}
@@ -67,19 +67,60 @@ def smolvlm() -> Any:
     return transformers.SmolVLMForConditionalGeneration(config)
 
 
-@pytest.mark.parametrize("build", [gemma3, gemma4, llava, smolvlm])
-def test_the_text_decoder_of_a_model_that_sees(
-    build: Callable[[], Any], tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if build is not gemma3:  # their decoder is one that others have traced
-        known = more_family("gemma4") if build is gemma4 else heads_of(16, 2)
-        monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: known.traced)
+_PATCHES = VISION | {"depth": 1, "num_heads": 2, "out_hidden_size": SIZES["hidden_size"]}
+
+
+def qwen2_5_vl() -> Any:
+    """Beside the tower, without a prefix; tied in the whole model's config alone."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    text = transformers.Qwen2_5_VLTextConfig(**SIZES, rope_parameters=rope, rms_norm_eps=1e-6)  # as Qwen2 has it
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=_PATCHES, tie_word_embeddings=True)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3_vl() -> Any:
+    """Three positions in turns; features of a picture go into several layers."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    text = transformers.Qwen3VLTextConfig(**SIZES, head_dim=32, rope_parameters=rope)
+    vision = _PATCHES | {"deepstack_visual_indexes": [0]}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    return transformers.Qwen3VLForConditionalGeneration(config)
+
+
+def glm4v(partial: dict[str, float]) -> Any:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]} | partial
+    text = transformers.Glm4vTextConfig(**TEXT, rope_parameters=rope)
+    config = transformers.Glm4vConfig(text_config=text, vision_config=_PATCHES, tie_word_embeddings=False)
+    return transformers.Glm4vForConditionalGeneration(config)
+
+
+def drawn(model: Any) -> Any:
+    """With every parameter drawn."""
     generator = torch.Generator().manual_seed(3)
-    model = build().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = 0.2 * torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + noise if "norm" in name else noise)
+    return model.eval()
+
+
+KNOWN: dict[Callable[[], Any], Callable[[], Family]] = {  # decoders that others have traced
+    gemma4: lambda: more_family("gemma4"),
+    llava: lambda: heads_of(16, 2),
+    qwen2_5_vl: lambda: family("qwen2"),
+    qwen3_vl: lambda: family("qwen3"),
+    smolvlm: lambda: heads_of(16, 2),
+}
+
+
+@pytest.mark.parametrize("build", [gemma3, *KNOWN])
+def test_the_text_decoder_of_a_model_that_sees(
+    build: Callable[[], Any], tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if build in KNOWN:
+        known = KNOWN[build]().traced
+        monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: known)
+    model = drawn(build())
     model.save_pretrained(tmp_path / "model")
     options = ["--drop-layers", "1", "--always-first", "0", "--always-last", "0", "--policy", "backfill"]
     options += ["--max-seq-len", "32", "--no-verify"]
@@ -96,6 +137,17 @@ def test_the_text_decoder_of_a_model_that_sees(
     bound = 3e-5 * float(theirs.abs().max())
     assert np.abs(np.stack(ours) - theirs[5:11].numpy()).max() < bound
     assert float((again - theirs).abs().max()) < bound
+
+
+@pytest.mark.parametrize("partial", [{}, {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}], ids=len)
+def test_as_much_of_a_head_is_rotated(partial: dict[str, Any], tmp_path: Path) -> None:
+    """GLM 4 rotates half of each head where nothing is said, and GLM 4V all of it."""
+    model = drawn(glm4v(partial))
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(5, 17)[None]
+    with torch.no_grad():
+        theirs, ours = model(input_ids=ids).logits, load_model(str(tmp_path)).model(ids).logits
+    assert float((ours - theirs).abs().max()) < 3e-5 * float(theirs.abs().max())
 
 
 def test_how_checkpoints_call_them() -> None:
