@@ -106,6 +106,34 @@ class _Made(abc.ABC):
         return self.rows(0, self.shape[0])
 
 
+@dataclass(frozen=True, eq=False)
+class SwappedExperts(_Made):
+    """The matrices [E, N, K] of a tensor that holds them as [E, K, N]."""
+
+    stored: TensorSource
+
+    @property
+    def _first(self) -> TensorSource:
+        return self.stored
+
+    @property
+    def name(self) -> str:
+        return self.stored.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        experts, columns, rows = self.stored.shape
+        return experts, rows, columns
+
+    @property
+    def size_bytes(self) -> int:
+        return self.stored.size_bytes
+
+    def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
+        """Experts `begin` to `end`."""
+        return np.ascontiguousarray(self.stored.rows(begin, end).swapaxes(1, 2))
+
+
 @functools.lru_cache(maxsize=1)
 def _transposed(whole: Any, expert: int) -> npt.NDArray[Any]:
     """The matrix [N, K] of one expert in a tensor [E, K, N], of which some rows at a time are asked for."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .checkpoint import TensorSource
+from .experts import DOWN, GATE_UP, SwappedExperts
 
 # Model types that give their text, where no picture is, to an ordinary decoder as it is
 SEEING = (
@@ -29,6 +30,7 @@ SEEING = (
     "qwen2_5_vl",
     "qwen2_vl",
     "qwen3_vl",
+    "qwen3_vl_moe",
     "smolvlm",
 )
 # Decoders that rotate by three positions of a token, and what they are where these are one, as in a text
@@ -37,6 +39,7 @@ _ONE_POSITION = {
     "glm4v_text": "glm4",
     "qwen2_5_vl_text": "qwen2",
     "qwen2_vl_text": "qwen2",
+    "qwen3_vl_moe_text": "qwen3_moe",
     "qwen3_vl_text": "qwen3",
 }
 _OF_THREE_POSITIONS = ("mrope_interleaved", "mrope_section", "type")  # the last is rope_type, as it was called before
@@ -54,16 +57,32 @@ def own_names(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def text_tensors(tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
-    """Those of the decoder and of its head, under the checkpoint's names."""
+def _as_transformers_has(name: str, tensor: TensorSource, text: Any) -> TensorSource:
+    """Qwen3-VL's experts, which its checkpoints have transposed."""
+    height = {GATE_UP: 2 * text.moe_intermediate_size, DOWN: text.hidden_size}.get(name.rpartition(".")[2])
+    swapped = height is not None and len(tensor.shape) == 3 and tensor.shape[1] != height == tensor.shape[2]
+    return SwappedExperts(tensor) if swapped else tensor
+
+
+def text_tensors(tensors: Mapping[str, TensorSource], config: Any) -> dict[str, TensorSource]:
+    """Those of the decoder and of its head, under the checkpoint's names.
+
+    Args:
+        config: of the whole model.
+    """
     inside = _IN_PART if any(map(_IN_PART.fullmatch, tensors)) else _BESIDE_TOWER
-    return {name: one for name, one in tensors.items() if inside.fullmatch(name) or name.startswith("lm_head.")}
+    found = {name: one for name, one in tensors.items() if inside.fullmatch(name) or name.startswith("lm_head.")}
+    if config.model_type == "qwen3_vl_moe":
+        found = {name: _as_transformers_has(name, one, config.get_text_config()) for name, one in found.items()}
+    return found
 
 
 def _of_one_position(text: Any) -> Any:
     from transformers import AutoConfig
 
     fields = text.to_dict()
+    if text.model_type == "qwen3_vl_moe_text":  # whose routers do so whatever their config says
+        fields["norm_topk_prob"] = True
     rope = {name: value for name, value in fields.pop("rope_parameters").items() if name not in _OF_THREE_POSITIONS}
     rope.setdefault("partial_rotary_factor", 1.0)  # GLM 4's is another one
     return AutoConfig.for_model(_ONE_POSITION[fields.pop("model_type")], rope_parameters=rope, **fields)

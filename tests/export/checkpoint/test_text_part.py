@@ -12,11 +12,14 @@ import torch
 import transformers
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
+from safetensors.numpy import load_file, save_file
 
+from lora_drop_export.checkpoint.experts import to_rows
 from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.checkpoint.text_part import own_names, text_config
 from lora_drop_export.cli import main
 from lora_drop_export.decoder.loaded import load_model
+from lora_drop_export.weights.resolve import find_tensor
 from tests.support.bundles import Family, family, heads_of, more_family
 from tests.support.models import SIZES
 
@@ -148,6 +151,39 @@ def test_as_much_of_a_head_is_rotated(partial: dict[str, Any], tmp_path: Path) -
     with torch.no_grad():
         theirs, ours = model(input_ids=ids).logits, load_model(str(tmp_path)).model(ids).logits
     assert float((ours - theirs).abs().max()) < 3e-5 * float(theirs.abs().max())
+
+
+@pytest.mark.parametrize("swapped", [True, False], ids=["hub", "saved"])
+def test_experts_that_the_checkpoint_has_transposed(swapped: bool, tmp_path: Path) -> None:
+    """Those of the hub are; what transformers writes of a model that it has made is not."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
+    few = {"num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    text = transformers.Qwen3VLMoeTextConfig(**TEXT | few, rope_parameters=rope, norm_topk_prob=False)
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=_PATCHES, tie_word_embeddings=False)
+    config.vision_config.deepstack_visual_indexes = [0]
+    model = drawn(transformers.Qwen3VLMoeForConditionalGeneration(config))
+    model.save_pretrained(tmp_path)
+    tensors, place = load_file(tmp_path / "model.safetensors"), "model.language_model.layers.0.mlp.experts."
+    experts = {name: one for name, one in tensors.items() if name.startswith(place)}
+    assert {name.removeprefix(place): one.shape for name, one in experts.items()} == {
+        "gate_up_proj": (4, 48, 64),
+        "down_proj": (4, 64, 24),
+    }
+    if swapped:
+        turned = {name: np.ascontiguousarray(one.swapaxes(1, 2)) for name, one in experts.items()}
+        save_file(tensors | turned, tmp_path / "model.safetensors", {"format": "pt"})
+
+    ids = torch.arange(5, 17)[None]
+    with torch.no_grad():
+        theirs, ours = model(input_ids=ids).logits, load_model(str(tmp_path)).model(ids).logits
+    assert float((ours - theirs).abs().max()) < 3e-5 * float(theirs.abs().max())
+    checkpoint = open_checkpoint(str(tmp_path), tmp_path / "scratch")
+    for name, one in experts.items():
+        rows = find_tensor(checkpoint, f"{own_names([name]).popitem()[0]}.rows")
+        assert rows is not None
+        wanted = to_rows(one, f"{name}.rows", turned=False)
+        np.testing.assert_array_equal(rows.read(), wanted)
+        np.testing.assert_array_equal(rows.rows(5, 71), wanted[5:71])
 
 
 def test_how_checkpoints_call_them() -> None:
