@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from lora_drop_runtime import bounds
-from lora_drop_runtime.grammars.tools import MOST_TOOLS
+from lora_drop_runtime.grammars.tools import ALLOWED, MOST_TOOLS
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -68,6 +68,19 @@ class FunctionChoice(StrictModel):
     name: Text
 
 
+def _in_chat(choice: FunctionChoice) -> dict[str, Any]:
+    """As the chat's API has it."""
+    return {"type": "function", "function": {"name": choice.name}}
+
+
+class AllowedTools(StrictModel):
+    """Of all tools those that may be called."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[Items[FunctionChoice], Field(min_length=1, max_length=MOST_TOOLS)]
+
+
 class ReasoningOptions(StrictModel):
     """Reasoning is told as it is, whatever summary is asked for."""
 
@@ -103,8 +116,9 @@ def _items(given: Any) -> Any:
 def _choice(given: Any) -> Any:
     """As for `_items`."""
     is_one = isinstance(given, dict) and given.get("type") == "function" and isinstance(given.get("name"), str)
-    if given not in (None, "none", "auto", "required") and not is_one:
-        raise ValueError('it has to be none, auto, required, or {"type": "function", "name": …}')
+    is_some = isinstance(given, dict) and given.get("type") == ALLOWED
+    if given not in (None, "none", "auto", "required") and not is_one and not is_some:
+        raise ValueError('it has to be none, auto, required, {"type": "function", "name": …}, or some of allowed_tools')
     return given
 
 
@@ -224,7 +238,12 @@ class ResponseRequest(Conversation):
     include: Items[Text] | None = None
     text: TextOptions | None = None
     tools: Annotated[Items[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
-    tool_choice: Annotated[Literal["none", "auto", "required"] | FunctionChoice | None, BeforeValidator(_choice)] = None
+    tool_choice: Annotated[
+        Literal["none", "auto", "required"]
+        | Annotated[FunctionChoice | AllowedTools, Field(discriminator="type")]
+        | None,
+        BeforeValidator(_choice),
+    ] = None
     reasoning: ReasoningOptions | None = None
     metadata: Annotated[dict[Text, Text], BeforeValidator(few_fields)] | None = None
     stream_options: ResponseStreamOptions | None = None
@@ -257,7 +276,9 @@ class ResponseRequest(Conversation):
     @property
     def called_choice(self) -> object:
         choice = self.tool_choice
-        return {"type": "function", "function": {"name": choice.name}} if isinstance(choice, FunctionChoice) else choice
+        if isinstance(choice, AllowedTools):
+            return {"type": ALLOWED, ALLOWED: {"mode": choice.mode, "tools": [*map(_in_chat, choice.tools)]}}
+        return _in_chat(choice) if isinstance(choice, FunctionChoice) else choice
 
     @property
     def effort(self) -> str | None:
@@ -279,6 +300,7 @@ class ResponseRequest(Conversation):
     def told(self) -> dict[str, Any]:
         """What an answer says of its request."""
         form = TextFormat(type="text") if self.text is None or self.text.format is None else self.text.format
+        choice = self.tool_choice
         return {
             "instructions": self.instructions,
             "max_output_tokens": self.max_output_tokens,
@@ -289,7 +311,7 @@ class ResponseRequest(Conversation):
             "store": False,
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "text": {"format": _fields(form)},
-            "tool_choice": dict(choice) if isinstance(choice := self.tool_choice, FunctionChoice) else choice or "auto",
+            "tool_choice": choice.model_dump() if isinstance(choice, StrictModel) else choice or "auto",
             "tools": [{"parameters": None, "strict": True, **_fields(tool)} for tool in self.tools or ()],
             "top_logprobs": self.top_logprobs or 0,
             "top_p": 1.0 if self.top_p is None else self.top_p,

@@ -29,6 +29,11 @@ from .test_errors import RESPONSES, check_alive, check_error
 
 FLAT: list[Any] = [{"type": "function", **tool["function"]} for tool in TOOLS]
 NAMED: Any = {"type": "function", "name": "weather"}
+ALLOWED: Any = {"type": "allowed_tools", "mode": "required", "tools": [NAMED]}
+CHOICES: Any = {  # as the chat's API has them
+    id(NAMED): WEATHER,
+    id(ALLOWED): {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [WEATHER]}},
+}
 SCHEMA: Any = {"type": "json_schema", "name": "city", "schema": CITY, "strict": True}
 LOGPROBS: Any = ["message.output_text.logprobs"]
 
@@ -190,6 +195,8 @@ def test_what_it_says_of_its_request(client: openai.OpenAI, bundle: Bundle) -> N
     assert {name: found[name] for name in given if name != "tools"} == {n: v for n, v in given.items() if n != "tools"}
     assert [tool["parameters"] for tool in found["tools"]] == [CITY, None]
     assert (found["store"], found["previous_response_id"]) == (False, None)
+    fields = asked(bundle, 1, tools=FLAT, tool_choice=ALLOWED)
+    assert client.responses.create(**fields).to_dict()["tool_choice"] == ALLOWED
 
 
 def test_it_says_schemas_that_are_nested_deep(served: Served) -> None:
@@ -213,15 +220,16 @@ def test_schemas_are_followed(client: openai.OpenAI, bundle: Bundle) -> None:
     assert anything.output_text.startswith("{")
 
 
-@pytest.mark.parametrize("choice", ["auto", "required", "none", NAMED], ids=str)
+@pytest.mark.parametrize("choice", ["auto", "required", "none", NAMED, ALLOWED], ids=str)
 def test_calls_are_those_of_a_chat(client: openai.OpenAI, bundle: Bundle, choice: Any) -> None:
     with_calls = 0
     for seed in range(3, 11):
         shared: dict[str, Any] = {"seed": seed, "parallel_tool_calls": seed % 2 == 1}
         fields = asked(bundle, tools=FLAT, tool_choice=choice, **shared)
         response = client.responses.create(**fields)
-        wanted, _ = in_chat(client, bundle, tools=TOOLS, tool_choice=WEATHER if choice is NAMED else choice, **shared)
+        wanted, _ = in_chat(client, bundle, tools=TOOLS, tool_choice=CHOICES.get(id(choice), choice), **shared)
         found = said(wanted)
+        assert choice is not ALLOWED or {call["name"] for call in found["calls"]} <= {"weather"}
         assert summed(response) | {"finish": None} == found | {"finish": None}
         assert without_ids(gathered(streamed(client, fields))) == without_ids(response.output)
         with_calls += bool(found["calls"])
@@ -425,6 +433,10 @@ WRONG = [
     ({"tools": FLAT, "tool_choice": WEATHER}, "tool_choice"),
     ({"tools": FLAT, "tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": FLAT, "tool_choice": {**ALLOWED, "tools": [{"type": "function", "name": "f"}]}}, "tool_choice"),
+    ({"tools": FLAT, "tool_choice": {**ALLOWED, "tools": []}}, "tool_choice"),
+    ({"tools": FLAT, "tool_choice": {**ALLOWED, "tools": [WEATHER]}}, "tool_choice"),
+    ({"tools": FLAT, "tool_choice": {**ALLOWED, "mode": "none"}}, "tool_choice"),
     ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options"),
     ({"model": "other"}, "model"),
 ]

@@ -14,6 +14,7 @@ from .call_styles import style_of
 from .calls import AUTO, NAME, NONE, REQUIRED, Calls
 
 MOST_TOOLS = 128
+ALLOWED = "allowed_tools"
 _TOOL = '{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}'
 
 
@@ -56,19 +57,35 @@ def _checked(tools: object) -> dict[str, Mapping[str, Any]]:
     return found
 
 
-def _chosen(choice: object, names: Sequence[str]) -> str:
-    """`auto`, `none`, `required`, or the name of a tool behind a colon."""
-    if choice in (AUTO, NONE, REQUIRED):
-        return str(choice)
+def _named(choice: object) -> object:
+    """The name in `{"type": "function", "function": {"name": …}}`."""
     function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
-    name = function.get("name") if isinstance(function, Mapping) else None
-    if name not in names:
-        raise InputError(
-            "The choice of a tool is not known.",
-            note=f"It is {choice!r:.100}; possible are auto, none, required and one of the tools {', '.join(names)}.",
-            hint='Use for example {"type": "function", "function": {"name": "' + names[0] + '"}}.',
-        )
-    return f":{name}"
+    return function.get("name") if isinstance(function, Mapping) else None
+
+
+def _allowed(choice: object) -> tuple[object, list[object]]:
+    """The mode and the names in `{"type": "allowed_tools", "allowed_tools": {"mode": …, "tools": […]}}`."""
+    is_some = isinstance(choice, Mapping) and choice.get("type") == ALLOWED
+    allowed = choice.get(ALLOWED) if is_some and isinstance(choice, Mapping) else None
+    tools = allowed.get("tools") if isinstance(allowed, Mapping) else None
+    return (allowed.get("mode"), [*map(_named, tools)]) if allowed and isinstance(tools, list | tuple) else (None, [])
+
+
+def _chosen(choice: object, names: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """`auto`, `none`, `required`, or the name of a tool behind a colon; and the tools that may be called."""
+    if choice in (AUTO, NONE, REQUIRED):
+        return str(choice), names
+    if (name := _named(choice)) in names:
+        return f":{name}", names
+    mode, allowed = _allowed(choice)
+    if mode in (AUTO, REQUIRED) and allowed and all(one in names for one in allowed):
+        return str(mode), [one for one in names if one in allowed]
+    raise InputError(
+        "The choice of a tool is not known.",
+        note=f"It is {choice!r:.100}; possible are auto, none, required, one of the tools {', '.join(names)}, and some "
+        "of them as allowed_tools, in the mode auto or required.",
+        hint='Use for example {"type": "function", "function": {"name": "' + names[0] + '"}}.',
+    )
 
 
 class Tools:
@@ -77,7 +94,9 @@ class Tools:
     Args:
         tools: as in the API, `{"type": "function", "function": {"name": …, "parameters": a JSON schema}}`.
         choice: `auto`, where the model is free until it begins a call; `none`; `required`, where it writes calls alone;
-            or `{"type": "function", "function": {"name": …}}`, which it then calls.
+            `{"type": "function", "function": {"name": …}}`, which it then calls; or `{"type": "allowed_tools",
+            "allowed_tools": {"mode": "auto" or "required", "tools": […]}}`, of which alone it may call some. The
+            template is told of all.
         parallel: whether it may write several calls.
 
     Attributes:
@@ -89,7 +108,8 @@ class Tools:
 
     def __init__(self, tools: Sequence[Mapping[str, Any]], choice: object = AUTO, *, parallel: bool = True) -> None:
         self._functions = _checked(tools)
-        self._choice = _chosen(choice, list(self._functions))
+        self._choice, allowed = _chosen(choice, list(self._functions))
+        self._functions = {name: self._functions[name] for name in allowed}
         self._parallel = parallel
         self.for_template = None if self._choice == NONE else list(tools)
 

@@ -306,6 +306,27 @@ def test_other_choices_write_calls_alone(grammars: Grammars, style: str, choice:
         assert not accepts(grammars, constraint_of(grammars, style, choice, parallel), other), other
 
 
+def allowed(mode: str, *tools: object) -> dict[str, Any]:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [*tools]}}
+
+
+@pytest.mark.parametrize("style", TEMPLATES)
+def test_tools_that_are_not_allowed_are_told_and_not_called(grammars: Grammars, style: str) -> None:
+    weather, now = written(style, ("weather", ROME)), written(style, ("now", "{}"))
+    for choice in (allowed("required", NOW), allowed("auto", NOW)):
+        assert Tools(TOOLS, choice).for_template == TOOLS
+        assert accepts(grammars, constraint_of(grammars, style, choice), now)
+    assert not accepts(grammars, constraint_of(grammars, style, allowed("required", NOW)), weather)
+    assert not accepts(grammars, constraint_of(grammars, style, allowed("required", NOW)), "Hello")
+    free = constraint_of(grammars, style, allowed("auto", NOW))
+    assert accepts(grammars, free, weather) == (style == "llama")  # where a text that begins no call is free
+    calls = Tools(TOOLS, allowed("auto", NOW)).calls(TEMPLATES[style])
+    assert calls is not None
+    assert calls.find(weather) == (weather, [])
+    both = allowed("required", NOW, {"type": "function", "function": {"name": "weather"}})
+    assert accepts(grammars, constraint_of(grammars, style, both), weather)
+
+
 @pytest.mark.parametrize("style", AMID)
 def test_a_single_call_ends_the_text(grammars: Grammars, style: str) -> None:
     constraint = constraint_of(grammars, style, "auto", parallel=False)
@@ -731,7 +752,9 @@ def test_tools_that_cannot_be_served_are_refused(grammars: Grammars) -> None:
         ([*TOOLS, NOW], "Two tools have one name"),
     ):
         assert_refused(lambda tools=tools: Tools(tools), fact)
-    for choice in ("some", {"type": "function", "function": {"name": "other"}}, None, {}, ["auto"]):
+    other = {"type": "function", "function": {"name": "other"}}
+    few = (allowed("auto"), allowed("auto", NOW, other), allowed("none", NOW), allowed("auto", "now"))
+    for choice in ("some", other, None, {}, ["auto"], *few, {"type": "allowed_tools", "mode": "auto", "tools": [NOW]}):
         assert_refused(lambda choice=choice: Tools(TOOLS, choice), "choice of a tool", "weather, now")
     unsupported = Tools([{"type": "function", "function": function}]).calls(TEMPLATES["llama"])
     assert unsupported is not None
