@@ -309,6 +309,7 @@ class Batch:
         new_tokens = whole_number("The number of new tokens", max_new_tokens, "Use for example max_new_tokens=64.")
         limits = checks.batch_limits(self.max_seq_len, self.max_prompt_len)
         checks.check_request(prompt[None], lengths, new_tokens, limits, manifest.model.vocab_size, "batch")
+        checks.check_name("The schedule", schedule, 'Use for example schedule="margin".')
         checks.check_name("The policy", policy, 'Use for example policy="skip".')
         checks.check_name("The draft", draft, 'Use for example draft="ngram".')
         verifier = self._policy if policy is None else checked_policy(self.bundle, policy)

@@ -86,9 +86,10 @@ def stop_ids(stop_token_ids: Sequence[int] | None, eos: Sequence[int]) -> set[in
     return {whole_number("A stop token", token, hint) for token in stop_token_ids}
 
 
-def checked_batch(batch: int) -> int:
+def checked_batch(batch: int, limits: Limits) -> int:
     if whole_number("The batch", batch, "Use for example batch=1.") < 1:
         raise InputError("The batch is empty.", note=f"It has {batch} rows.", hint="Give at least one row.")
+    _check_rows(batch, limits)
     return int(batch)
 
 
@@ -327,13 +328,17 @@ def _larger(name: str, taker: str) -> str:
     return f"export with a larger {option}" if taker == "bundle" else f"open the {taker} with a larger {name}"
 
 
-def _check_limits(batch: int, longest: int, limits: Limits, taker: str) -> None:
+def _check_rows(batch: int, limits: Limits) -> None:
     if batch > limits.max_batch:
         raise InputError(
             "The batch is larger than the bundle allows.",
             note=f"It has {batch} rows, the bundle allows {limits.max_batch}.",
             hint="Split the batch, or export with a larger --max-batch.",
         )
+
+
+def _check_limits(batch: int, longest: int, limits: Limits, taker: str) -> None:
+    _check_rows(batch, limits)
     if longest > limits.max_prompt_len:
         raise InputError(
             f"A prompt is longer than the {taker} allows.",

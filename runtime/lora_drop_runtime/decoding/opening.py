@@ -67,6 +67,7 @@ def check_opening(path: str | Path, **asked: Unpack[Asked]) -> tuple[Bundle, Sch
 
 def open_bundle(path: str | Path, *, check: bool, **asked: Unpack[Asked]) -> Opened:
     """Arguments and errors as for `Session.open`."""
+    check = checks.flag("check", check)
     bundle, chosen, policy = check_opening(path, **asked)
     if check:
         bundle.check_unchanged()

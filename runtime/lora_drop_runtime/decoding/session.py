@@ -510,7 +510,7 @@ class Session:
         captured as CUDA graphs. `open` does it for one row there. On target openvino steps of several tokens get a
         model of their own, where the policy has such and the weights are small (docs/openvino.md).
         """
-        batch = checks.checked_batch(batch)
+        batch = checks.checked_batch(batch, self.bundle.manifest.limits)
         if self._policy.runs_several(self.schedule):
             prepare_for_several(self._opened())
         most = min(WARM_UP_STEPS, self.bundle.manifest.limits.max_seq_len - 2)

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lora_drop_runtime import PeriodicSchedule, PlanError, SamplingOptions, Session, StepKind
+from lora_drop_runtime import Batch, PeriodicSchedule, PlanError, SamplingOptions, Session, StepKind
 from lora_drop_runtime.errors import InputError
 
 from tests.support.decoding import PLAN, assert_refused
 from tests.support.fake_engine import open_session
+
+from .test_batch import fake_batch
 
 NO_NUMBERS: tuple[Any, ...] = (3.0, "3", b"3", True, None, [3], {3}, 3 + 0j, Fraction(3), object(), np.float32(3))
 NO_NUMBERS += (np.bool_(True), np.array([3, 4]), np.array(3.0), math.nan)
@@ -138,6 +140,23 @@ def test_what_is_chosen_by_name(wrong) -> None:
     assert_refused(lambda: Session(session.bundle, session._engine, session.schedule, wrong), "policy has the wrong")
     assert_refused(lambda: session.generate([5], 2, sampling=wrong), "sampling has the wrong type")
     assert_refused(lambda: session.load_adapters(wrong), "directory of adapters has the wrong type")
+
+
+@pytest.mark.parametrize("wrong", [5, ["margin"], b"margin", np.array([5, 6]), np.array([])], ids=kind)
+def test_a_rows_schedule_that_is_no_name(wrong) -> None:
+    batch, _ = fake_batch()
+    assert_refused(lambda: batch.add([5], 2, schedule=wrong), "schedule has the wrong type")
+
+
+@pytest.mark.parametrize("wrong", ["false", 1, None, [], np.array([]), np.array([5, 6])], ids=kind)
+def test_a_check_that_is_no_truth_value(wrong) -> None:
+    for cls in (Session, Batch):
+        assert_refused(lambda cls=cls: cls.open("/nowhere", check=wrong), "option check has the wrong type")
+
+
+@pytest.mark.parametrize("rows", [9, 2**40, 2**70, np.uint64(2**63)])
+def test_more_rows_to_warm_up_than_the_bundle_allows(session, rows) -> None:
+    assert_refused(lambda: session.warm_up(rows), "batch is larger than the bundle allows", f"has {rows} rows")
 
 
 def test_steps_of_a_wrong_shape(session) -> None:
