@@ -12,7 +12,7 @@ from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.reasoning import CHANNELS, Thoughts
 from lora_drop_runtime.text import TextCodec
 from lora_drop_tools.cli import _prompts
-from lora_drop_tools.generate import ChatSettings, GenerateSettings, _Answer, chat, generate
+from lora_drop_tools.generate import ChatSettings, GenerateSettings, _Answer, _questions, chat, generate
 
 from tests.support.bundles import record_again
 from tests.support.serving import word_bundle
@@ -41,10 +41,24 @@ def test_a_terminal_does_not_obey_a_model(prompts: list[str], tmp_path: Path) ->
     assert not set("\x1b\x07\x9b") & set(written[1])
 
 
-def test_a_byte_order_mark_is_no_prompt(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_no_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text("\ufefft1 t2", encoding="utf-8")
     assert _prompts(argparse.Namespace(prompt=None, prompt_file=[file])) == ["t1 t2"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufefft1 t2"))
+    assert _prompts(argparse.Namespace(prompt=None, prompt_file=[Path("-")])) == ["t1 t2"]
+
+
+def test_questions_of_a_windows_editor_are_their_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = "\ufefft1 t2\r\n\r\nt3\r\n".encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(written), encoding="utf-8", newline="\n"))
+    assert list(_questions()) == ["t1 t2", "t3"]
+
+
+def test_questions_in_utf_16_without_a_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"t1\n\0"), encoding="utf-16"))
+    with pytest.raises(InputError, match="not UTF-8"):
+        list(_questions())
 
 
 def test_a_chat_without_a_template_asks_for_no_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

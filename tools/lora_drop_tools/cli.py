@@ -25,7 +25,7 @@ from lora_drop_tools.fit.command import add_fit, run_fit
 from lora_drop_tools.profile.command import add_profile, run_profile
 
 from .compare import CompareSettings, compare
-from .generate import ChatSettings, GenerateSettings, chat, generate
+from .generate import BYTE_ORDER_MARK, ChatSettings, GenerateSettings, chat, generate
 from .inspect import inspect
 from .serve import ServeSettings, serve
 
@@ -42,7 +42,7 @@ def _read_prompt(path: Path) -> str:
             data = file.read(MOST_PROMPT_BYTES + 1)
     if len(data) > MOST_PROMPT_BYTES:
         raise ValueError(f"it has more than {MOST_PROMPT_BYTES} bytes")
-    return data if isinstance(data, str) else data.decode("utf-8-sig")
+    return data.removeprefix(BYTE_ORDER_MARK) if isinstance(data, str) else data.decode("utf-8-sig")
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

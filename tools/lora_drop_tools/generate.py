@@ -56,6 +56,7 @@ from lora_drop_tools.shared.options import (
 )
 
 MOST_QUESTION = 1 << 20  # characters of a line
+BYTE_ORDER_MARK = "\ufeff"  # that a file may begin with
 MOST_SCHEMA = 1 << 20  # bytes of a file
 # Control characters → how they are shown; of lines and tabs a terminal makes nothing else
 _ESCAPED = {code: ascii(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
@@ -263,7 +264,7 @@ def _said_by_us() -> Iterator[None]:
 
 
 def _piped_question() -> str:
-    """A line of standard input, which may be a device without an end.
+    """A line of standard input, which may be a device without an end, or text of an editor of Windows.
 
     Raises:
         EOFError: there is none.
@@ -277,7 +278,7 @@ def _piped_question() -> str:
         )
     if not line:
         raise EOFError
-    return line.rstrip("\n")
+    return line.rstrip("\r\n").removeprefix(BYTE_ORDER_MARK)
 
 
 def _drop_question(error: InputError) -> None:
@@ -298,10 +299,13 @@ def _questions() -> Iterator[str]:
             if isinstance(end, EOFError):
                 return
             raise
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
+            said = str(error)  # of UTF-16 that has no mark
+            if isinstance(error, UnicodeDecodeError):
+                said = f"It holds the byte {error.object[error.start]:#04x}"
             unreadable = InputError(
                 "What was typed is not UTF-8.",
-                note=f"It holds the byte {error.object[error.start]:#04x}.",
+                note=f"{said}.",
                 hint="Set the terminal to UTF-8, or give UTF-8 text.",
             )
             if not sys.stdin.isatty():
