@@ -13,7 +13,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +261,10 @@ def _of_experts(stored: Any, pattern: str, path: Path) -> dict[str, GgufTensor]:
     return found
 
 
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
 def _mixture(stored_name: str, experts: re.Match[str] | None, names: Mapping[str, str]) -> str | None:
     """What the model calls the experts that a stored tensor belongs to."""
     if experts is None:
@@ -320,11 +324,11 @@ def read_gguf(path: Path, reader: Any, model: Any, log: Callable[[str], None]) -
         if name is None or name not in shapes:
             left += [stored.name] if stored.name.startswith("blk.") else []
             continue
+        there = tuple(map(int, stored.shape[::-1]))
         tensor = GgufTensor(
             name=name,
             file=path,
-            # of another size it does not fit the model, which resolve_tensors says
-            shape=shapes[name] if stored.n_elements == math.prod(shapes[name]) else tuple(map(int, stored.shape[::-1])),
+            shape=shapes[name] if stored.n_elements == math.prod(shapes[name]) else there,
             kind=stored.tensor_type,
             offset_bytes=int(stored.data_offset),
             stored_shape=tuple(stored.data.shape),
@@ -332,6 +336,8 @@ def read_gguf(path: Path, reader: Any, model: Any, log: Callable[[str], None]) -
             stored_name=stored.name,
             conversion=how,
         )
+        if tensor._order is not None and _without_ones(there) != _without_ones(tensor.shape):
+            tensor = replace(tensor, shape=there)  # it does not fit the model, which resolve_tensors says
         if stored.tensor_type not in kinds:
             tensor._dequantized(np.asarray(stored.data[:1]))  # refuses a format that it does not know
             kinds.add(stored.tensor_type)

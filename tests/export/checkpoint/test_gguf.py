@@ -198,6 +198,18 @@ def test_a_tensor_that_cannot_be_converted_is_refused(opened):
         assert "blk.0.attn_q.weight: ValueError: cannot reshape" in error.value.note
 
 
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_a_transposed_matrix_is_refused(kind, tmp_path):
+    """It has as many values as the parameter, in rows of another length."""
+    kinds, path = gguf.GGMLQuantizationType, tmp_path / "tiny.gguf"
+    write(path, "llama", {"block_count": 1}, [("blk.0.ffn_down.weight", (INNER, WIDTH), kinds[kind])], seed=9)
+    checkpoint = open_checkpoint(str(path), tmp_path / "scratch", log=lambda _: None)
+    name = "model.layers.0.mlp.down_proj.weight"
+    with pytest.raises(ModelError, match="does not hold the model that its config describes") as error:
+        resolve_tensors(checkpoint, {name: (WIDTH, INNER)}, {})
+    assert error.value.note == f"Parameter {name} {(WIDTH, INNER)} is {(INNER, WIDTH)} there."
+
+
 def test_rows_of_no_values_take_no_memory(opened):
     """A file of a few bytes may have any number of them."""
     ref: Any = opened.tensors["model.layers.0.self_attn.q_proj.weight"]
