@@ -309,7 +309,7 @@ def refresh_from_trace(
         if stored.blocks is not None:
             _dequantize(graph, value, stored.blocks)
         value.const_value = external(name, stored)
-        value.dtype = value.const_value.dtype
+        value.type = ir.TensorType(value.const_value.dtype)  # its own: copies of a layer share those of the first
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
     graph.name = "refresh"

@@ -185,6 +185,23 @@ def test_the_rest(dtype: str | None, bits: int | None, tmp_path: Path, capsys: p
     ] in shown
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_layer_that_was_left_in_float(left: int, tmp_path: Path) -> None:
+    """The other one, which is alike but for that, has integers."""
+    directory = copy(tmp_path, "compressed-tensors-group-32")
+    tensors = load_file(directory / "model.safetensors")
+    for name, tensor in opened(directory).tensors.items():
+        if isinstance(tensor, PackedTensor) and f".layers.{left}." in name:
+            tensors = {part: values for part, values in tensors.items() if not part.startswith(name)}
+            tensors[name] = tensor.read()
+    save_file(tensors, directory / "model.safetensors")
+    made_from: Any = Family(None, directory, opened(directory), traced())  # type: ignore[arg-type]
+    targets = ("ort", "openvino")
+    bundle = make_bundle(made_from, tmp_path / "b", **PLAN, targets=targets)
+    for target in targets:
+        assert compare(bundle, target=target, threads=1).passed
+
+
 @pytest.mark.parametrize("name", ["awq-group-32", "compressed-tensors-channel", "gptq-8-bit-channel"])
 def test_a_bundle_of_it_says_the_same_of_another(name: str, tmp_path: Path) -> None:
     """Weights in blocks that no export would choose are no departures there either."""
