@@ -19,7 +19,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -168,6 +168,18 @@ def _checked(tensor: PackedTensor, wanted: Mapping[str, tuple[tuple[int, ...], t
             raise _damaged(tensor.name, f"needs {part}, {' or '.join(dtypes)} {list(shape)}, which {found}")
 
 
+def _refuse_short_group(tensor: PackedTensor, groups: int, sizes: Iterable[Any]) -> None:
+    """Refuse a last group of fewer inputs than the others: shapes alone would tell of groups of one size.
+
+    Args:
+        sizes: of groups, as the config has them.
+    """
+    inputs = tensor.shape[1]
+    for size in sizes:
+        if isinstance(size, int) and 0 < size < inputs and inputs % size and groups == -(-inputs // size):
+            raise refusal(f"groups of {size} in {tensor.name} {list(tensor.shape)}, the last of {inputs % size}")
+
+
 def _refuse_order(name: str, order: TensorPlace | None, groups: int, scattered: bool) -> None:
     """Refuse groups whose inputs lie scattered (`desc_act`, `actorder` group): blocks are of neighbours.
 
@@ -204,6 +216,7 @@ class GptqTensor(PackedTensor):
         int32 = ("int32",)
         shapes = {"qweight": ((k * bits // _WORD_BITS, n), int32), "qzeros": (packed, int32)}
         _checked(tensor, shapes | {"scales": ((groups, n), MODEL_DTYPES)})
+        _refuse_short_group(tensor, groups, [config.get("group_size")])
         _refuse_order(tensor.name, order, groups, bool(config.get("desc_act")))
         return tensor
 
@@ -232,6 +245,7 @@ class AwqTensor(PackedTensor):
         int32 = ("int32",)
         shapes = {"qweight": ((k, n * 4 // _WORD_BITS), int32), "qzeros": ((groups, n * 4 // _WORD_BITS), int32)}
         _checked(tensor, shapes | {"scales": ((groups, n), MODEL_DTYPES)})
+        _refuse_short_group(tensor, groups, [config.get("group_size"), config.get("q_group_size")])
         return tensor
 
     def _columns(self, part: str, begin: int, end: int) -> Integers:
@@ -270,6 +284,7 @@ class CompressedTensor(PackedTensor):
         if "weight_zero_point" in parts or not any(args.get("symmetric", True) for args in weights):
             shapes["weight_zero_point"] = (-(-n * bits // _WORD_BITS), groups), ("int32",)
         _checked(tensor, shapes | {"weight_scale": ((n, groups), MODEL_DTYPES)})
+        _refuse_short_group(tensor, groups, [args.get("group_size") for args in weights])
         scattered = any(args.get("actorder") in (True, "group", "dynamic") for args in weights)
         _refuse_order(tensor.name, parts.get("weight_g_idx"), groups, scattered)
         return tensor

@@ -315,6 +315,25 @@ def test_scattered_inputs_are_refused_by_name(tmp_path: Path) -> None:
     assert "nothing says of which groups" in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["gptq-asymmetric", "awq-group-32", "compressed-tensors-group-32"])
+def test_a_shorter_last_group_is_refused(name: str, tmp_path: Path) -> None:
+    """Two scales of 96 inputs, where the config says groups of 64, are not of 48 each."""
+    directory = copy(tmp_path, name, **(of_weights(group_size=64) if name.startswith("comp") else {"group_size": 64}))
+    tensors = load_file(directory / "model.safetensors")
+    layer = "model.layers.0.mlp.down_proj"
+    for part in ("scales", "qzeros"):
+        if f"{layer}.{part}" in tensors:
+            tensors[f"{layer}.{part}"] = tensors[f"{layer}.{part}"][:2]
+    if f"{layer}.weight_scale" in tensors:
+        tensors[f"{layer}.weight_scale"] = np.ascontiguousarray(tensors[f"{layer}.weight_scale"][:, :2])
+    if f"{layer}.g_idx" in tensors:
+        tensors[f"{layer}.g_idx"] = tensors[f"{layer}.g_idx"] // 2
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(ModelError, match=ANOTHER_FORM) as error:
+        opened(directory)
+    assert f"groups of 64 in {layer}.weight [64, 96], the last of 32" in str(error.value)
+
+
 def test_a_lost_order_of_compressed_tensors(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is damaged") as error:
         opened(copy(tmp_path, "compressed-tensors-group-32", **of_weights(actorder="group")))
