@@ -214,12 +214,13 @@ class _Sites:
                 made[value].type, made[value].shape = value.type, value.shape
             results.append(made[value])
         instead = []
-        for value in ends:  # [1, T, …]
+        for value in ends:  # [1, T, …], or [1, 1, T, …] of a single head
             ops = nothing.ops
             # A Constant without elements would be read as a scalar
             tokens = ops("Shape", x, start=1, end=2) if count == 1 else ops.ints([0])
-            sizes = [int(size) for size in list(value.shape)[2:]]  # type: ignore[arg-type]
-            shape = ops("Concat", ops.ints([1]), tokens, ops.ints(sizes), axis=0)
+            sizes = [1, *(size if isinstance(size, int) else -1 for size in list(value.shape)[1:])]  # type: ignore[arg-type]
+            place = sizes.index(-1)
+            shape = ops("Concat", ops.ints(sizes[:place]), tokens, ops.ints(sizes[place + 1 :]), axis=0)
             zero = ops("ConstantOfShape", shape, value=ir.tensor(np.zeros(1, np.float32)))
             zero.type = ir.TensorType(ir.DataType.FLOAT)
             instead.append(zero)

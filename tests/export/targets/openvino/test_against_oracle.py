@@ -14,8 +14,10 @@ from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.openvino.engine import OpenVinoEngine
 from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM, GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from lora_drop_export.check.verify import compare
 from tests.export.test_against_oracle import PROMPTS, assert_same_run, new_tokens
 from tests.export.test_halves import MIXED, six_layers
 from tests.support.bundles import (
@@ -27,7 +29,7 @@ from tests.support.bundles import (
     traced_family,
     traced_model,
 )
-from tests.support.models import FAMILIES, gemma3, llama
+from tests.support.models import FAMILIES, build, gemma3, llama
 
 OPTIONS = {"targets": ("openvino",), "always_first": 1}
 LAYERS = 4  # of a family: what each of them compiles and runs takes as long
@@ -102,6 +104,28 @@ def test_windows(policy, tmp_path):
     with Session.open(bundle.root, threads=1) as session:
         for prompts in (PROMPTS, LONG):
             assert_same_run(session, source.model, oracle_plan(bundle), prompts, 3)
+
+
+def big_code() -> GPTBigCodeForCausalLM:
+    """All of a token's keys are one head, which no Reshape makes."""
+    sizes = {"n_embd": 64, "n_head": 4, "n_inner": 96, "n_layer": 2, "n_positions": 64}
+    return build(GPTBigCodeForCausalLM, GPTBigCodeConfig, seed=71, **sizes, multi_query=True)
+
+
+def granite() -> GraniteMoeHybridForCausalLM:
+    """Neither RoPE nor positions that are looked up; no layers of Mamba, and no experts."""
+    own = {"position_embedding_type": "nope", "layer_types": ["full_attention"] * 2, "num_hidden_layers": 2}
+    own |= {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 96}
+    return build(GraniteMoeHybridForCausalLM, GraniteMoeHybridConfig, seed=72, **own)
+
+
+@pytest.mark.parametrize("builder", [big_code, granite])
+def test_other_ways_to_attend(builder, tmp_path):
+    source = traced_model(builder())
+    for policy in ("fill", "backfill"):
+        options = {"drop_layers": (1,), "always_first": 0, "always_last": 0, "policy": policy, "max_seq_len": 64}
+        bundle = make_bundle(source, tmp_path / policy, **options, targets=("openvino",))
+        assert compare(bundle, target="openvino", threads=1).passed
 
 
 @pytest.mark.parametrize(("layers", "policy"), [((0,), "fill"), ((3,), "skip"), ((0, 1, 2, 3), "skip")])
