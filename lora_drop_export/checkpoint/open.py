@@ -399,7 +399,8 @@ def open_checkpoint(
     quantization = _quantization(config)
     if config.model_type in SEEING:
         log(f"note: the model sees, too; its text decoder alone is taken ({config.model_type})")
-        config, tensors = text_config(config), text_tensors(tensors, config)
+        with refused("The model's config cannot be used.", "config.json"):
+            config, tensors = text_config(config), text_tensors(tensors, config)
         _check_layer_count(config, len(tensors))
     if quantization is not None:
         vars(config).pop("quantization_config", None)  # what is read is the model without it

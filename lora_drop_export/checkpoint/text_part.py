@@ -80,18 +80,24 @@ def text_tensors(tensors: Mapping[str, TensorSource], config: Any) -> dict[str, 
 def _of_one_position(text: Any) -> Any:
     from transformers import AutoConfig
 
+    kind = type(text).model_type
     fields = text.to_dict()
-    if text.model_type == "qwen3_vl_moe_text":  # whose routers do so whatever their config says
+    del fields["model_type"]
+    fields["head_dim"] = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if kind.startswith("qwen3_vl"):  # which has no windows, whatever its config says
+        fields["use_sliding_window"] = False
+    if kind == "qwen3_vl_moe_text":  # whose routers do so whatever their config says
         fields["norm_topk_prob"] = True
     rope = {name: value for name, value in fields.pop("rope_parameters").items() if name not in _OF_THREE_POSITIONS}
     rope.setdefault("partial_rotary_factor", 1.0)  # GLM 4's is another one
-    return AutoConfig.for_model(_ONE_POSITION[fields.pop("model_type")], rope_parameters=rope, **fields)
+    fields["partial_rotary_factor"] = rope["partial_rotary_factor"]  # older versions let it win
+    return AutoConfig.for_model(_ONE_POSITION[kind], rope_parameters=rope, **fields)
 
 
 def text_config(config: Any) -> Any:
     """Of the decoder alone; its end tokens are the whole model's, where that has some, as in transformers."""
     text = config.get_text_config()
-    if text.model_type in _ONE_POSITION:
+    if type(text).model_type in _ONE_POSITION:
         text = _of_one_position(text)
     text.tie_word_embeddings = text.tie_word_embeddings or getattr(config, "tie_word_embeddings", False)
     if getattr(config, "eos_token_id", None) is not None:

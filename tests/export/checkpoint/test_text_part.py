@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 from lora_drop_runtime.decoding.session import Session
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import InputError, ModelError
 from safetensors.numpy import load_file, save_file
 
 from lora_drop_export.checkpoint.experts import to_rows
@@ -90,9 +91,10 @@ def qwen3_vl() -> Any:
     return transformers.Qwen3VLForConditionalGeneration(config)
 
 
-def glm4v(partial: dict[str, float]) -> Any:
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]} | partial
-    text = transformers.Glm4vTextConfig(**TEXT, rope_parameters=rope)
+def glm4v(other: dict[str, Any]) -> Any:
+    """Its heads share the hidden size, and no config says how wide they are."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]} | other
+    text = transformers.Glm4vTextConfig(**SIZES | {"num_hidden_layers": 3}, rope_parameters=rope)
     config = transformers.Glm4vConfig(text_config=text, vision_config=_PATCHES, tie_word_embeddings=False)
     return transformers.Glm4vForConditionalGeneration(config)
 
@@ -142,15 +144,42 @@ def test_the_text_decoder_of_a_model_that_sees(
     assert float((again - theirs).abs().max()) < bound
 
 
-@pytest.mark.parametrize("partial", [{}, {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}], ids=len)
-def test_as_much_of_a_head_is_rotated(partial: dict[str, Any], tmp_path: Path) -> None:
-    """GLM 4 rotates half of each head where nothing is said, and GLM 4V all of it."""
-    model = drawn(glm4v(partial))
-    model.save_pretrained(tmp_path)
+def assert_loaded_as(model: Any, directory: Path) -> None:
+    """The decoder of a model's directory writes what the model does."""
     ids = torch.arange(5, 17)[None]
     with torch.no_grad():
-        theirs, ours = model(input_ids=ids).logits, load_model(str(tmp_path)).model(ids).logits
+        theirs, ours = model(input_ids=ids).logits, load_model(str(directory)).model(ids).logits
     assert float((ours - theirs).abs().max()) < 3e-5 * float(theirs.abs().max())
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [{}, {"rope_type": "linear", "factor": 2.0}, {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}],
+    ids=["default", "linear", "half"],
+)
+def test_as_much_of_a_head_is_rotated(rope: dict[str, Any], tmp_path: Path) -> None:
+    """GLM 4 rotates half of each head where nothing is said, and GLM 4V all of it; nor are its heads as wide."""
+    model = drawn(glm4v(rope))
+    model.save_pretrained(tmp_path)
+    assert_loaded_as(model, tmp_path)
+
+
+def test_windows_that_the_decoder_has_not(tmp_path: Path) -> None:
+    """Qwen3-VL has none, whatever its config says."""
+    model = drawn(qwen3_vl())
+    model.config.text_config.update({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0})
+    model.save_pretrained(tmp_path)
+    assert_loaded_as(model, tmp_path)
+
+
+def test_a_text_config_that_no_decoder_can_be_made_of(tmp_path: Path) -> None:
+    qwen2_5_vl().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"]["num_attention_heads"] = 0
+    path.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"config cannot be used"):
+        open_checkpoint(str(tmp_path), tmp_path / "scratch")
 
 
 @pytest.mark.parametrize("swapped", [True, False], ids=["hub", "saved"])
@@ -173,10 +202,7 @@ def test_experts_that_the_checkpoint_has_transposed(swapped: bool, tmp_path: Pat
         turned = {name: np.ascontiguousarray(one.swapaxes(1, 2)) for name, one in experts.items()}
         save_file(tensors | turned, tmp_path / "model.safetensors", {"format": "pt"})
 
-    ids = torch.arange(5, 17)[None]
-    with torch.no_grad():
-        theirs, ours = model(input_ids=ids).logits, load_model(str(tmp_path)).model(ids).logits
-    assert float((ours - theirs).abs().max()) < 3e-5 * float(theirs.abs().max())
+    assert_loaded_as(model, tmp_path)
     checkpoint = open_checkpoint(str(tmp_path), tmp_path / "scratch")
     for name, one in experts.items():
         rows = find_tensor(checkpoint, f"{own_names([name]).popitem()[0]}.rows")
