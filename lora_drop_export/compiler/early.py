@@ -77,7 +77,7 @@ def windows_of_config(config: Any) -> tuple[int, ...] | None:
     layers, size = getattr(config, "num_hidden_layers", None), getattr(config, "sliding_window", None)
     if type(layers) is not int or layers < 1:
         return None
-    used = type(size) is int and getattr(config, "use_sliding_window", None) is not False
+    used = type(size) is int and size > 0 and getattr(config, "use_sliding_window", None) is not False
     size = window_within(config, size) if used else 0
     types = getattr(config, "layer_types", None)
     if isinstance(types, list | tuple) and len(types) == layers:

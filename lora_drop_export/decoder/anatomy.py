@@ -115,7 +115,11 @@ def kv_sources(config: Any) -> tuple[int, ...]:
 
 
 def buffer_values(model: Any) -> dict[str, Any]:
-    """Buffers that no checkpoint holds (RoPE frequencies, embedding scales), filled by transformers' own init."""
+    """Buffers that no checkpoint holds (RoPE frequencies, embedding scales), filled by transformers' own init.
+
+    Raises:
+        ModelError: of frequencies some are infinite or no numbers.
+    """
     import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -132,6 +136,13 @@ def buffer_values(model: Any) -> dict[str, Any]:
             model._init_weights(module)
             for name in names:
                 values[f"{prefix}.{name}" if prefix else name] = module._buffers[name]
+    for name, value in values.items():
+        if name.endswith("inv_freq") and not value.isfinite().all() and not value.isnan().all():
+            raise ModelError(
+                "The model's config cannot be used.",
+                note=f"Its RoPE has frequencies that are not numbers, or infinite ({name}).",
+                hint="Check rope_parameters in config.json.",
+            )
     return values
 
 

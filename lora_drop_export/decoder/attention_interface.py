@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lora_drop_runtime.errors import ModelError
+
 from .context import window_within
 from .refusals import unsupported
 
 DOMAIN = "lora_drop"  # of the nodes that a trace makes
+_SMALLEST = 1.1754943508222875e-38  # of float32
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,16 @@ def register_attention(name: str, attend: Callable[[AttentionCall], Any]) -> Non
                 raise unsupported(feature, getattr(module, "config", None))
         scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
         window = window_within(module.config, sliding_window or _masked_window(module))
+        softcap = float(softcap or 0.0)
+        if abs(scale) < _SMALLEST or 0 < abs(softcap) < _SMALLEST:  # which engines take for none given
+            raise ModelError(
+                "The model's config cannot be used.",
+                note=f"Its attention scales scores by {scale:g}, its soft cap is {softcap:g}: one is 0 in float32.",
+                hint="Check config.json.",
+            )
         width, value_width = max(key.shape[3], value.shape[3]), value.shape[3]
         query, key, value = (_widened(tensor, width) for tensor in (query, key, value))
-        call = AttentionCall(module, query, key, value, scale, window, float(softcap or 0.0), s_aux)
+        call = AttentionCall(module, query, key, value, scale, window, softcap, s_aux)
         mixed = attend(call)
         return (mixed if width == value_width else mixed[..., :value_width]), None
 

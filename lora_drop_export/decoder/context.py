@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import InputError, ModelError
 
 _SIZES = ("max_position_embeddings", "n_positions", "max_sequence_length")
 _ORIGINAL = "original_max_position_embeddings"
 _UNKNOWN = 2048
+_MOST = 2**63 - 1  # of a manifest
 
 
 def _longrope_context(config: Any) -> Any:
@@ -29,10 +30,10 @@ def context_length(config: Any) -> int:
     said |= {name: getattr(config, name, None) for name in _SIZES}
     for name, length in said.items():
         if length:
-            if type(length) is not int or length < 2:
+            if type(length) is not int or not 2 <= length <= _MOST:
                 raise InputError(
                     "The model's config does not say how long its context is.",
-                    note=f"{name} is {length!r:.80}; needed is a whole number of tokens, 2 at least.",
+                    note=f"{name} is {length!r:.80}; needed is a whole number of tokens, 2 at least and below 2^63.",
                     hint="Check config.json.",
                 )
             return length
@@ -48,5 +49,15 @@ def context_in_words(config: Any) -> str:
 
 
 def window_within(config: Any, size: int | None) -> int:
-    """A sliding window in positions; 0 for none, and for one as wide as the context, which hides nothing."""
+    """A sliding window in positions; 0 for none, and for one as wide as the context, which hides nothing.
+
+    Raises:
+        ModelError: the window is negative.
+    """
+    if size and size < 0:
+        raise ModelError(
+            "The model's config cannot be used.",
+            note=f"sliding_window is {size!r:.80}; needed is a whole number, 0 at least.",
+            hint="Check config.json.",
+        )
     return size if size and size < context_length(config) else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from lora_drop_runtime.errors import ModelError
@@ -14,6 +15,8 @@ from .gates import gate_of
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk")  # as families call it
 _ALIBI = ("bloom",)  # whose configs do not say so
+_ABOVE_ZERO = ("rope_theta", "routed_scaling_factor")
+_LARGEST = 3.4028234663852886e38  # of float32
 _OWN_ATTENTION = ("falcon", "gpt_neo", "mpt")
 _OTHER_ATTENTION = ("linear", "chunked", "compressed", "indexed", "reference")  # words in the types of layers
 
@@ -43,6 +46,33 @@ def _features_of_config(config: Any) -> list[tuple[Any, str]]:
     ]
 
 
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
+    """The numbers in a value of a config, each with the name that it or its list has."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, key)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _numbers(inner, name)
+    elif type(value) in (int, float):
+        yield name, value
+
+
+def _refuse_number(name: str, number: float) -> None:
+    """A number with which no step computes what is meant: engines differ there, and transformers checks no ranges."""
+    for fits, needed in (
+        (abs(number) <= _LARGEST, "a number that float32 holds"),
+        (number >= 0 or not str(name).endswith(("eps", "epsilon")), "a number, 0 at least"),
+        (number > 0 or name not in _ABOVE_ZERO, "a number above 0"),
+    ):
+        if not fits:
+            raise ModelError(
+                "The model's config cannot be used.",
+                note=f"{name!s:.80} is {number!r:.80}; needed is {needed}.",
+                hint="Check config.json.",
+            )
+
+
 def refuse_by_config(config: Any) -> None:
     """Features that the config tells.
 
@@ -58,6 +88,8 @@ def refuse_by_config(config: Any) -> None:
                     note=f"{name} is {size!r:.80}; needed is a whole number, 1 at least.",
                     hint="Check config.json.",
                 )
+        for name, number in _numbers(config.to_dict(), ""):
+            _refuse_number(name, number)
         for present, feature in _features_of_config(config):
             if present:
                 raise unsupported(feature, config)

@@ -62,6 +62,48 @@ def test_an_old_onnx_runtime(export_refused, monkeypatch, arguments):
     export_refused(*arguments.split(), words=("too old for graphs in float32", "1.31.2; 1.32 or newer", "[cpu]"))
 
 
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"rms_norm_eps": 1e300}, ("rms_norm_eps is 1e+300", "that float32 holds")),
+        ({"rms_norm_eps": -1e-5}, ("rms_norm_eps is -1e-05", "0 at least")),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, ("rope_theta is 0.0", "above 0")),
+        ({"routed_scaling_factor": -2.5}, ("routed_scaling_factor is -2.5", "above 0")),
+        ({"max_position_embeddings": 2**63}, ("max_position_embeddings is 9223372036854775808", "below 2^63")),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_numbers_out_of_range(export_refused, place, tmp_path, config, words):
+    export_refused(model=changed_model(place, tmp_path / "model", **config), words=words)
+
+
+def test_a_number_that_json_makes_infinite(export_refused, place, tmp_path):
+    model = changed_model(place, tmp_path / "model", rms_norm_eps=7e77)
+    text = (model / "config.json").read_text()
+    (model / "config.json").write_text(text.replace("7e+77", "1e999"))
+    export_refused(model=model, words=("rms_norm_eps is inf", "that float32 holds"))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "granite", "attention_multiplier": 0.0}, ("scales scores by 0",)),
+        ({"model_type": "granite", "attention_multiplier": 1e-300}, ("scales scores by 1e-300",)),
+        ({"model_type": "mistral", "sliding_window": -1}, ("sliding_window is -1", "0 at least")),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.0}},
+            ("frequencies that are not numbers, or infinite", "rope_parameters"),
+        ),
+    ],
+    ids=["scale", "small scale", "window", "frequencies"],
+)
+def test_numbers_that_the_model_makes_nothing_of(export_refused, place, tmp_path, monkeypatch, config, words):
+    """Seen where it is run on shapes."""
+    monkeypatch.setattr("lora_drop_export.decoder.trace._export", lambda *_: pytest.fail("traced"))
+    export_refused(model=changed_model(place, tmp_path / "model", **config), words=words)
+
+
 @pytest.mark.usefixtures("stops_at_the_trace")
 def test_caches_in_8_bits_of_layers_that_differ(passes):
     """Whose config transformers gives the size of a head of a layer's own alone."""
