@@ -90,8 +90,11 @@ def _config(directory: Path, trust_remote_code: bool) -> Any:
 
 
 def _quantization(config: Any) -> Any:
-    """What config.json says of quantized weights; None where there are none."""
-    return getattr(config, "quantization_config", None)
+    """What config.json says of quantized weights, as transformers of the whole model or its text; None for none."""
+    with refused("The model's config cannot be used.", "config.json"):
+        parts = config, config.get_text_config(decoder=True)
+    found = (getattr(part, "quantization_config", None) for part in parts)
+    return next((one for one in found if one is not None), None)
 
 
 def _check_layer_count(config: Any, tensors: int) -> None:
