@@ -91,7 +91,9 @@ def _of_one_position(text: Any) -> Any:
     rope = {name: value for name, value in fields.pop("rope_parameters").items() if name not in _OF_THREE_POSITIONS}
     rope.setdefault("partial_rotary_factor", 1.0)  # GLM 4's is another one
     fields["partial_rotary_factor"] = rope["partial_rotary_factor"]  # older versions let it win
-    return AutoConfig.for_model(_ONE_POSITION[kind], rope_parameters=rope, **fields)
+    made = AutoConfig.for_model(_ONE_POSITION[kind], rope_parameters=rope, **fields)
+    made.eos_token_id = text.eos_token_id  # GLM 4's has some of its own
+    return made
 
 
 def text_config(config: Any) -> Any:

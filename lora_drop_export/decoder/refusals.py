@@ -16,6 +16,7 @@ _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk")  # as families call it
 _ALIBI = ("bloom",)  # whose configs do not say so
 _ABOVE_ZERO = ("rope_theta", "routed_scaling_factor")
+_UNBOUND = ("time_step_limit",)  # Mamba's, which is infinite in configs of models without such layers, too
 _LARGEST = 3.4028234663852886e38  # of float32
 _OWN_ATTENTION = ("falcon", "gpt_neo", "mpt")
 _OTHER_ATTENTION = ("linear", "chunked", "compressed", "indexed", "reference")  # words in the types of layers
@@ -61,8 +62,8 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
 def _refuse_number(name: str, number: float) -> None:
     """A number with which no step computes what is meant: engines differ there, and transformers checks no ranges."""
     for fits, needed in (
-        (abs(number) <= _LARGEST, "a number that float32 holds"),
-        (number >= 0 or not str(name).endswith(("eps", "epsilon")), "a number, 0 at least"),
+        (abs(number) <= _LARGEST or name in _UNBOUND, "a number that float32 holds"),
+        (number >= 0 or not str(name).endswith(("_eps", "epsilon")), "a number, 0 at least"),
         (number > 0 or name not in _ABOVE_ZERO, "a number above 0"),
     ):
         if not fits:
