@@ -86,13 +86,6 @@ def stop_ids(stop_token_ids: Sequence[int] | None, eos: Sequence[int]) -> set[in
     return {whole_number("A stop token", token, hint) for token in stop_token_ids}
 
 
-def checked_batch(batch: int, limits: Limits) -> int:
-    if whole_number("The batch", batch, "Use for example batch=1.") < 1:
-        raise InputError("The batch is empty.", note=f"It has {batch} rows.", hint="Give at least one row.")
-    _check_rows(batch, limits)
-    return int(batch)
-
-
 def new_tokens_asked(max_new_tokens: int | None) -> int | None:
     if max_new_tokens is None:
         return None
@@ -335,6 +328,13 @@ def _check_rows(batch: int, limits: Limits) -> None:
             note=f"It has {batch} rows, the bundle allows {limits.max_batch}.",
             hint="Split the batch, or export with a larger --max-batch.",
         )
+
+
+def checked_batch(batch: int, limits: Limits) -> int:
+    if whole_number("The batch", batch, "Use for example batch=1.") < 1:
+        raise InputError("The batch is empty.", note=f"It has {batch} rows.", hint="Give at least one row.")
+    _check_rows(batch, limits)
+    return int(batch)
 
 
 def _check_limits(batch: int, longest: int, limits: Limits, taker: str) -> None:
