@@ -325,3 +325,10 @@ def test_a_bundle_without_a_tokenizer_is_refused(text: Path, tmp_path: Path) -> 
     make_bundle("llama", tmp_path / "b")
     with pytest.raises(InputError, match="no tokenizer"):
         eval(tmp_path / "b", EvalSettings(text=text, window=48, prompt=8))
+
+
+def test_a_prompt_that_a_bundle_does_not_allow(text: Path, tmp_path: Path) -> None:
+    root = make_bundle("llama", tmp_path / "b", drop_ratio=0.5, max_prompt_len=16).root
+    character_tokenizer(root)
+    with pytest.raises(InputError, match=r"A prompt is longer.*\nNote: --prompt is 17, b allows 16\.\n.*-prompt-len"):
+        eval(root, EvalSettings(k=(1,), text=text, window=48, prompt=17))

@@ -75,14 +75,16 @@ def checked(bundles: Mapping[str, Bundle], settings: EvalSettings) -> EvalSettin
     settings = _windows_that_fit(bundles, settings)
     for name, bundle in bundles.items():
         limits = bundle.manifest.limits
-        window, prompt = settings.window_tokens, settings.prompt_tokens
-        if window > limits.max_seq_len or prompt > limits.max_prompt_len:
-            raise InputError(
-                "A window is longer than a bundle allows.",
-                note=f"--window is {window} and --prompt {prompt}, {name} allows "
-                f"{limits.max_seq_len} and {limits.max_prompt_len}.",
-                hint="Use a smaller one, or export with a larger --max-seq-len.",
-            )
+        for what, asked, most, option in (
+            ("window", settings.window_tokens, limits.max_seq_len, "--max-seq-len"),
+            ("prompt", settings.prompt_tokens, limits.max_prompt_len, "--max-prompt-len"),
+        ):
+            if asked > most:
+                raise InputError(
+                    f"A {what} is longer than a bundle allows.",
+                    note=f"--{what} is {asked}, {name} allows {most}.",
+                    hint=f"Use a smaller one, or export with a larger {option}.",
+                )
     return settings
 
 
