@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.errors import BundleError, InputError, counted
-from lora_drop_runtime.files import read_bounded
+from lora_drop_runtime.files import read_bounded, refuse_rows
 from lora_drop_runtime.text import TextCodec
 
 CALIBRATION_TEXT = "calibration.txt"
@@ -28,10 +28,15 @@ def _too_short(file: Path | None, found: str) -> InputError:
 
 
 def read_calibration_text(file: Path) -> str:
-    """Raises InputError where it cannot be read as UTF-8, has more than a GiB, or less than a byte for each token."""
+    """The text, without a byte order mark.
+
+    Raises:
+        InputError: it cannot be read as UTF-8, has rows, more than a GiB, or less than a byte for each token.
+    """
+    refuse_rows(file)
     try:
         data = read_bounded(file, MOST_BYTES)
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except (BundleError, UnicodeDecodeError) as error:
         raise InputError(
             "The calibration text cannot be read.",

@@ -11,7 +11,7 @@ import os
 import stat
 from pathlib import Path
 
-from .errors import BundleError
+from .errors import BundleError, InputError
 
 # What the process or the system lacks to open or read a file, and what to do about it
 LACKING = {
@@ -19,6 +19,8 @@ LACKING = {
     errno.ENFILE: "Close other programs.",
     errno.ENOMEM: "Free some memory.",
 }
+
+ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")  # of files that `lora-drop fit` streams
 
 
 def is_utf8(text: str) -> bool:
@@ -68,6 +70,20 @@ def refuse_locked(path: Path) -> None:
         ) from None
     except (OSError, ValueError):
         pass
+
+
+def refuse_rows(path: Path) -> None:
+    """Refuse a file of rows where plain text is read: their names and marks are no text.
+
+    Raises:
+        InputError: it is one, by its name.
+    """
+    if path.name.endswith(ROWS):
+        raise InputError(
+            "A file of rows is no plain text.",
+            note=f"{path} ends in one of {', '.join(ROWS)}, which lora-drop fit alone reads row by row.",
+            hint="Write the rows' texts into a UTF-8 text file, and give that.",
+        )
 
 
 def reading_hint(error: OSError, otherwise: str) -> str:

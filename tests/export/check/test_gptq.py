@@ -23,6 +23,7 @@ from lora_drop_export.check.calibration_text import (
     WINDOW,
     WINDOWS,
     calibration_windows,
+    read_calibration_text,
 )
 from lora_drop_export.check.gptq import round_model
 from lora_drop_export.check.verify import compare
@@ -310,6 +311,11 @@ def test_the_bundled_text_has_enough(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert what == "the bundled text"
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("text" * LEAST_TOKENS, encoding="utf-8-sig")
+    assert read_calibration_text(tmp_path / "text") == "text" * LEAST_TOKENS
+
+
 def test_refused_texts(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("too short")
@@ -335,6 +341,7 @@ def test_refused_texts(tmp_path: Path) -> None:
         ({"calibration": text, **OPTIONS}, "cannot be read"),
         ({"calibration": tmp_path / "none", **OPTIONS}, "cannot be read"),
         ({"calibration": Path("/dev/zero"), **OPTIONS}, "cannot be read"),
+        ({"calibration": tmp_path / "text.jsonl", **OPTIONS}, "A file of rows is no plain text"),
         ({"quantization": "gptq", "dtype": "float32"}, "--quantization applies only to int4 and int8 weights"),
         ({"quantization": "gptq"}, "--quantization applies only to int4 and int8 weights"),
     ):

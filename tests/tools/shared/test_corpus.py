@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.files import ROWS
 from lora_drop_tools.fit.files import _FORMATS
-from lora_drop_tools.shared.corpus import ROWS, read_texts
+from lora_drop_tools.shared.corpus import read_texts
 
 
 def test_rows_are_not_read_as_they_are(tmp_path: Path) -> None:

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from lora_drop_runtime.dtypes import BY_SHORT, MODEL_DTYPES
 from lora_drop_runtime.errors import InputError, counted
-from lora_drop_runtime.files import is_device
+from lora_drop_runtime.files import is_device, refuse_rows
 
 if TYPE_CHECKING:
     from lora_drop_export.decoder.loaded import LoadedModel
 
 DTYPES = {short: row.name for short, row in BY_SHORT.items() if row.name in MODEL_DTYPES}
 WINDOW = 256  # tokens of a piece of text, where the model and the bundle allow as many
-ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")  # of files that `lora-drop fit` streams
 HELD_OUT_SHARE = 20  # one token in so many, at the end of each text
 
 
@@ -36,12 +35,7 @@ def read_texts(files: Sequence[str | Path]) -> list[str]:
         )
     texts = []
     for file in map(Path, files):
-        if file.name.endswith(ROWS):
-            raise InputError(
-                "A file of rows is no plain text.",
-                note=f"{file} ends in one of {', '.join(ROWS)}, which lora-drop fit alone reads row by row.",
-                hint="Write the rows' texts into a UTF-8 text file, and give that.",
-            )
+        refuse_rows(file)
         try:
             if is_device(file):
                 raise OSError(errno.EINVAL, "is a device")
