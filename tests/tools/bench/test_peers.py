@@ -22,7 +22,7 @@ from lora_drop_tools.bench.judge import MeasurementError
 from lora_drop_tools.bench.peers import options as peer_options_module
 from lora_drop_tools.bench.peers import peer as bench_peers
 from lora_drop_tools.bench.peers import worker as peer_worker
-from lora_drop_tools.bench.peers.options import check_named, peer_options, reason_against
+from lora_drop_tools.bench.peers.options import check_named, check_same_model, peer_options, reason_against
 from lora_drop_tools.bench.peers.peer import Peer, PeerError
 from lora_drop_tools.bench.peers.worker import timed
 from lora_drop_tools.bench.settings import BenchSettings
@@ -81,6 +81,19 @@ def test_reasons_against_peers(hf_directory: Path, tmp_path: Path, monkeypatch: 
     assert reason_against("transformers", alone, "float32") == (
         "it loads a Hugging Face directory, --model gives a .gguf file"
     )
+    model: Any = SimpleNamespace(num_layers=8, hidden_size=64, vocab_size=131)
+    for config, note in (
+        ({"num_hidden_layers": 8, "hidden_size": 64, "vocab_size": 131}, None),
+        ({"n_layer": 8}, None),  # as some families call it
+        ({"num_hidden_layers": 9}, "num_hidden_layers is 9 in "),
+        ({"text_config": {"num_hidden_layers": 8, "hidden_size": 32}}, "hidden_size is 32 in "),
+    ):
+        (hf_directory / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+        with (
+            contextlib.nullcontext() if note is None else pytest.raises(InputError, match=f"another one.\nNote: {note}")
+        ):
+            check_same_model(both, model)
+        check_same_model(alone, model)  # of a .gguf file nothing is read
     with pytest.raises(InputError, match="two models of one kind"):
         peer_options((), [gguf, gguf], None, ())
     with pytest.raises(InputError, match="Python of a peer"):

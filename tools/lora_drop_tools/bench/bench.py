@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TextIO
 
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import ModelFacts
 from lora_drop_runtime.command_line import tell
 from lora_drop_runtime.decoding.schedules import named_schedule
 from lora_drop_runtime.engines import huge_pages
@@ -29,7 +30,7 @@ from lora_drop_runtime.plan.drafting import draft_source, scheduled
 from lora_drop_runtime.plan.policy import POLICIES, policy_named
 from lora_drop_runtime.plan.schedule import AdaptiveSchedule
 
-from lora_drop_tools.bench.peers.options import PeerOptions, check_named, peer_options, reason_against
+from lora_drop_tools.bench.peers.options import PeerOptions, check_named, check_same_model, peer_options, reason_against
 from lora_drop_tools.bench.peers.peer import Peer, open_peers, scratch_directory
 from lora_drop_tools.shared import machine
 from lora_drop_tools.shared.bundles import check_session, open_bundles, paths_of, weight_dtype
@@ -130,7 +131,7 @@ def _measure_all(
             result.foreign_cores = machine.foreign_cores(begin, machine.cpu_time(alive))
 
 
-def _wanted_peers(settings: BenchSettings, on_cpu: bool, engine: str, precision: str) -> PeerOptions | None:
+def _wanted_peers(settings: BenchSettings, on_cpu: bool, engine: str, model: ModelFacts) -> PeerOptions | None:
     """The peers that were asked for, checked; None without --peers."""
     if settings.peers is None:
         return None
@@ -141,7 +142,8 @@ def _wanted_peers(settings: BenchSettings, on_cpu: bool, engine: str, precision:
             note=f"The bundle would run on {engine}.",
             hint="Leave --peers out, or use --provider cpu.",
         )
-    check_named(wanted, {name: reason_against(name, wanted, precision) for name in wanted.names})
+    check_same_model(wanted, model)
+    check_named(wanted, {name: reason_against(name, wanted, weight_dtype(model)) for name in wanted.names})
     return wanted
 
 
@@ -277,7 +279,7 @@ def bench(
     first = next(iter(opened.values()))
     (target, entry), *_ = [bundle.target(settings.target) for bundle in opened.values()]
     on_cpu = settings.provider == "cpu" or (settings.provider is None and not entry.on_device)
-    wanted = _wanted_peers(settings, on_cpu, settings.provider or target, weight_dtype(first.manifest.model))
+    wanted = _wanted_peers(settings, on_cpu, settings.provider or target, first.manifest.model)
     check_results(settings.json_file, KEYS, settings.plots, FIGURES)
 
     result = _new_result(opened, settings, target)

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from lora_drop_runtime.bundle.manifest import ModelFacts
 from lora_drop_runtime.errors import InputError
 
 from lora_drop_export.checkpoint.foreign import CHECKPOINT_HINT, read_json
@@ -59,6 +61,7 @@ PEERS = {
     ),
 }
 READS = {"directory": "a Hugging Face directory", "gguf": "a .gguf file"}
+_SIZES = {"num_hidden_layers": "num_layers", "hidden_size": "hidden_size", "vocab_size": "vocab_size"}  # the manifest's
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,30 @@ class PeerOptions:
     pythons: Mapping[str, str]
 
 
-def _check_config(path: Path) -> None:
+def _checked_config(path: Path) -> dict[str, Any]:
     """Raises InputError where a model's config.json is damaged: each peer would say so in its own words, and late."""
     fact = "The model for the peers is damaged."
     config = read_json(path, fact)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise InputError(fact, note=f"{path}: it names no model_type.", hint=CHECKPOINT_HINT)
+    return config
+
+
+def check_same_model(options: PeerOptions, model: ModelFacts) -> None:
+    """Refuse a Hugging Face directory of another model than the bundle's, whose speed would stand beside it."""
+    if "directory" not in options.models:
+        return
+    path = options.models["directory"] / "config.json"
+    config = _checked_config(path)
+    for name, ours in _SIZES.items():
+        text, wanted = config.get("text_config"), getattr(model, ours)
+        size = config.get(name, text.get(name) if isinstance(text, dict) else None)
+        if size not in (None, wanted):
+            raise InputError(
+                "The model for the peers is another one.",
+                note=f"{name} is {size!r:.80} in {path}, and {wanted} in the bundle.",
+                hint="Give the checkpoint that the bundle was made from.",
+            )
 
 
 def peer_options(
@@ -132,7 +153,7 @@ def peer_options(
                 hint="Give one directory, one .gguf file, or one of each.",
             )
         if kind == "directory":
-            _check_config(path / "config.json")
+            _checked_config(path / "config.json")
         models[kind] = path.resolve()
     if not models:
         raise InputError(

@@ -295,7 +295,17 @@ def _check_prompts(opened: OpenedTask) -> None:
     opened.task.set_fewshot_seed(FEWSHOT_SEED)
     task, doc = opened.task, _documents(opened.task)[0]
     if hasattr(task, "fewshot_cfg"):  # the others, written in Python, have no examples
-        task.fewshot_context(doc, num_fewshot=task.config.num_fewshot, gen_prefix=task.doc_to_prefix(doc))
+        shots = task.config.num_fewshot
+        try:
+            task.fewshot_context(doc, num_fewshot=shots, gen_prefix=task.doc_to_prefix(doc))
+        except ValueError as error:
+            if "larger than population" not in str(error):
+                raise
+            raise InputError(
+                "A task has too few examples for its prompts.",
+                note=f"{opened.name}: a prompt has {shots} (num_fewshot), and its data has fewer.",
+                hint="Use a smaller --num-fewshot, or give more data.",
+            ) from None
 
 
 def check_lm_eval() -> None:
