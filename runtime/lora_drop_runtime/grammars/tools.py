@@ -65,10 +65,11 @@ def _named(choice: object) -> object:
 
 def _allowed(choice: object) -> tuple[object, list[object]]:
     """The mode and the names in `{"type": "allowed_tools", "allowed_tools": {"mode": …, "tools": […]}}`."""
-    is_some = isinstance(choice, Mapping) and choice.get("type") == ALLOWED
-    allowed = choice.get(ALLOWED) if is_some and isinstance(choice, Mapping) else None
+    allowed = choice.get(ALLOWED) if isinstance(choice, Mapping) and choice.get("type") == ALLOWED else None
     tools = allowed.get("tools") if isinstance(allowed, Mapping) else None
-    return (allowed.get("mode"), [*map(_named, tools)]) if allowed and isinstance(tools, list | tuple) else (None, [])
+    if not isinstance(allowed, Mapping) or not isinstance(tools, list | tuple) or len(tools) > MOST_TOOLS:
+        return None, []
+    return allowed.get("mode"), [*map(_named, tools)]
 
 
 def _chosen(choice: object, names: Sequence[str]) -> tuple[str, Sequence[str]]:

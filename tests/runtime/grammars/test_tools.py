@@ -754,6 +754,7 @@ def test_tools_that_cannot_be_served_are_refused(grammars: Grammars) -> None:
         assert_refused(lambda tools=tools: Tools(tools), fact)
     other = {"type": "function", "function": {"name": "other"}}
     few = (allowed("auto"), allowed("auto", NOW, other), allowed("none", NOW), allowed("auto", "now"))
+    few = (*few, allowed("auto", *[NOW] * (MOST_TOOLS + 1)))
     for choice in ("some", other, None, {}, ["auto"], *few, {"type": "allowed_tools", "mode": "auto", "tools": [NOW]}):
         assert_refused(lambda choice=choice: Tools(TOOLS, choice), "choice of a tool", "weather, now")
     unsupported = Tools([{"type": "function", "function": function}]).calls(TEMPLATES["llama"])
