@@ -106,6 +106,12 @@ class _Made(abc.ABC):
         return self.rows(0, self.shape[0])
 
 
+@functools.lru_cache(maxsize=1)
+def _transposed(whole: Any, expert: int) -> npt.NDArray[Any]:
+    """The matrix [N, K] of one expert in a tensor [E, K, N], of which some rows at a time are asked for."""
+    return np.ascontiguousarray(whole.rows(expert, expert + 1)[0].T)
+
+
 @dataclass(frozen=True, eq=False)
 class SwappedExperts(_Made):
     """The matrices [E, N, K] of a tensor that holds them as [E, K, N]."""
@@ -131,13 +137,8 @@ class SwappedExperts(_Made):
 
     def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
         """Experts `begin` to `end`."""
-        return np.ascontiguousarray(self.stored.rows(begin, end).swapaxes(1, 2))
-
-
-@functools.lru_cache(maxsize=1)
-def _transposed(whole: Any, expert: int) -> npt.NDArray[Any]:
-    """The matrix [N, K] of one expert in a tensor [E, K, N], of which some rows at a time are asked for."""
-    return np.ascontiguousarray(whole.rows(expert, expert + 1)[0].T)
+        experts = range(begin, min(end, self.shape[0]))
+        return np.stack([_transposed(self.stored, expert) for expert in experts])  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)

@@ -336,7 +336,7 @@ def read_gguf(path: Path, reader: Any, model: Any, log: Callable[[str], None]) -
             stored_name=stored.name,
             conversion=how,
         )
-        if tensor._order is not None and _without_ones(there) != _without_ones(tensor.shape):
+        if _without_ones(there) != _without_ones(tensor.shape) and tensor._order is not None:
             tensor = replace(tensor, shape=there)  # it does not fit the model, which resolve_tensors says
         if stored.tensor_type not in kinds:
             tensor._dequantized(np.asarray(stored.data[:1]))  # refuses a format that it does not know

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from lora_drop_runtime.errors import ModelError
 
 from .context import window_within
 from .refusals import unsupported
 
 DOMAIN = "lora_drop"  # of the nodes that a trace makes
-_SMALLEST = 1.1754943508222875e-38  # of float32
+_SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)

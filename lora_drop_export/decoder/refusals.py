@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from lora_drop_runtime.errors import ModelError
 
 from lora_drop_export.checkpoint.experts import TURNED
@@ -17,7 +18,7 @@ _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk
 _ALIBI = ("bloom",)  # whose configs do not say so
 _ABOVE_ZERO = ("rope_theta", "routed_scaling_factor")
 _UNBOUND = ("time_step_limit",)  # Mamba's, which is infinite in configs of models without such layers, too
-_LARGEST = 3.4028234663852886e38  # of float32
+_LARGEST = float(np.finfo(np.float32).max)
 _OWN_ATTENTION = ("falcon", "gpt_neo", "mpt")
 _OTHER_ATTENTION = ("linear", "chunked", "compressed", "indexed", "reference")  # words in the types of layers
 
