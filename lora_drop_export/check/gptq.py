@@ -27,6 +27,7 @@ from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.experts import DOWN, GATE_UP, ROWS, from_rows, gate_up_of, to_rows
 from lora_drop_export.decoder.anatomy import first_output, name_of, put_tensor
 from lora_drop_export.decoder.attention_interface import AttentionCall
+from lora_drop_export.decoder.convolutions import ConvolutionCall
 from lora_drop_export.decoder.refusals import is_of_experts
 from lora_drop_export.decoder.streamed import StreamedModel
 from lora_drop_export.quantize.formats import Blocked, BlockFormat, Floats, dequantize
@@ -49,21 +50,19 @@ _HEAD_ROWS = 8192  # of the vocabulary, in memory at once
 _MOMENTS_BYTES = 1 << 31  # of experts, in memory at once
 
 
-def _attend(call: AttentionCall) -> Any:
-    """Causal attention over whole windows, [B, S, H, D]."""
+def _attend(call: AttentionCall | ConvolutionCall) -> Any:
+    """Causal attention over whole windows, [B, S, H, D]; or what a convolution makes of them."""
     import torch
 
-    query, key, value = call.query, call.key, call.value
-    if not call.window and not call.softcap and call.sinks is None:
+    key, value = call.key, call.value
+    if isinstance(call, AttentionCall) and not call.window and call.is_plain:
         attention = torch.nn.functional.scaled_dot_product_attention
-        return attention(query, key, value, is_causal=True, scale=call.scale, enable_gqa=True).transpose(1, 2)
-    group = query.shape[1] // key.shape[1]
-    key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))  # [B, H, S, D]
-    own = torch.arange(query.shape[2])[:, None]
+        return attention(call.query, key, value, is_causal=True, scale=call.scale, enable_gqa=True).transpose(1, 2)
+    own = torch.arange(key.shape[2])[:, None]
     seen = own >= own.T
     if call.window:
         seen &= own - call.window < own.T
-    return (call.weights(query @ key.mT, seen) @ value).transpose(1, 2)
+    return call.mixed(key, value, seen)
 
 
 class _Moments:

@@ -26,6 +26,7 @@ from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.decoder.anatomy import between_halves, first_output
 from lora_drop_export.decoder.attention_interface import AttentionCall
+from lora_drop_export.decoder.convolutions import ConvolutionCall
 from lora_drop_export.decoder.streamed import StreamedModel, as_tensor
 from lora_drop_export.weights.arrays import read_arrays
 
@@ -65,36 +66,35 @@ def _entries(steps: Any, dtype: str | None) -> Any:
     return steps.clamp(-448, 448).to(torch.float8_e4m3fn).float()
 
 
-def _attend(cache: _Cache, call: AttentionCall) -> Any:
-    """Softmax attention of each row's real new tokens over the layer's own cache, which they join first."""
+def _attend(cache: _Cache, call: AttentionCall | ConvolutionCall) -> Any:
+    """What each row's real new tokens make of the layer's own cache, which they join first."""
     import torch
 
-    query, key, value = call.query, call.key, call.value
-    batch, heads, sequence, _ = query.shape
-    output = torch.zeros(batch, sequence, heads, value.shape[3])
-    group = heads // key.shape[1]
+    key, value = call.key, call.value
+    sequence = key.shape[2]
     if not cache.writes:
-        return output
+        return torch.zeros_like(call.mixed(key, value, torch.eye(sequence, dtype=torch.bool)))
     cache.largest = tuple(tensor.abs().amax((0, 2)).unsqueeze(1) for tensor in (key, value))
     if cache.scales is not None:
         key, value = (
             _entries(tensor / scale, cache.dtype) * scale
             for tensor, scale in zip((key, value), cache.scales, strict=True)
         )
+    rows = []
     for row, new in enumerate(cache.new_tokens):
         for store, tensor in ((cache.keys, key), (cache.values, value)):
             added = tensor[row, :, :new].transpose(0, 1)  # [new, Hkv, D]
             store[row] = added if store[row] is None else torch.cat([store[row], added])
-        keys = cache.keys[row].repeat_interleave(group, dim=1)  # [slots, H, D]
-        values = cache.values[row].repeat_interleave(group, dim=1)
-        slots = len(keys)
+        keys, values = (store[row].transpose(0, 1)[None] for store in (cache.keys, cache.values))  # [1, Hkv, slots, D]
+        slots = keys.shape[2]
         own = torch.arange(slots - new, slots)[:, None]  # the slot of each new token
         seen = torch.arange(slots)[None] <= own
         if call.window:
             seen &= torch.arange(slots)[None] > own - call.window
-        weights = call.weights(torch.einsum("hsd,chd->hsc", query[row, :, :new], keys), seen)
-        output[row, :new] = torch.einsum("hsc,chd->shd", weights, values)
-    return output
+        mixed = call.only(row, new).mixed(keys, values, seen)[0]
+        padding = [0] * (2 * mixed.dim() - 1)
+        rows.append(torch.nn.functional.pad(mixed, [*padding, sequence - new]))
+    return torch.stack(rows)
 
 
 def _run(layer: Any, x: Any, call: tuple[Any, Any], middle: Any = None) -> tuple[Any, Any]:

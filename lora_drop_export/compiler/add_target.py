@@ -59,7 +59,12 @@ def _check_addable(bundle: Bundle, targets: Sequence[str], options: ExportOption
     check_formats(targets, model.weight_dtype, model.kv_dtype, model.dtype, root, by_channel=by_channel)
     if manifest.model.kv_dtype is not None:
         head_dims = frozenset(one.head_dim for one in manifest.model.heads)
-        caches = Caches(manifest.model.kv_dtype, head_dims, manifest.plan.refresh_policy.fills)
+        import onnx_ir as ir
+
+        from lora_drop_export.graphs.convolutions import convolutions
+
+        convolves = bool(convolutions(ir.serde.deserialize_model(_neutral_graph(bundle, StepKind.REFRESH)).graph))
+        caches = Caches(manifest.model.kv_dtype, head_dims, manifest.plan.refresh_policy.fills, convolves)
         for target in targets:
             TARGETS[target].check_caches(caches, options)
 

@@ -27,7 +27,7 @@ from lora_drop_export.checkpoint.experts import ExpertRows
 from lora_drop_export.checkpoint.packed import Kept
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.anatomy import kv_sources
-from lora_drop_export.decoder.context import window_within
+from lora_drop_export.decoder.context import CONVOLUTION, convolution_window, window_within
 from lora_drop_export.decoder.refusals import refuse_by_config
 from lora_drop_export.quantize.choice import Quantization, block_formats
 from lora_drop_export.quantize.formats import FLOAT8, BlockFormat
@@ -81,7 +81,8 @@ def windows_of_config(config: Any) -> tuple[int, ...] | None:
     size = window_within(config, size) if used else 0
     types = getattr(config, "layer_types", None)
     if isinstance(types, list | tuple) and len(types) == layers:
-        return tuple(size if kind == "sliding_attention" else 0 for kind in types)
+        sizes = {"sliding_attention": size, CONVOLUTION: convolution_window(config)}
+        return tuple(sizes.get(kind, 0) for kind in types)
     # Code that a model brings may mean something else by it
     return (size if type(config).__module__.startswith("transformers.") else 0,) * layers
 
@@ -140,7 +141,9 @@ def _warn_of_plan(plan: DropPlan, console: Console) -> None:
     """Say so when no layer is dropped."""
     if plan.sites:
         return
-    windowed = f", {len(plan.windowed_layers)} attend to a sliding window" if plan.windowed_layers else ""
+    windowed = (
+        f", {len(plan.windowed_layers)} have a sliding window or a short convolution" if plan.windowed_layers else ""
+    )
     sources = f", other layers take the K and V of {len(plan.kv_sources)}" if plan.kv_sources else ""
     console.say(
         f"warning: no layer is dropped: of {plan.num_layers} the first {plan.always_first} and the last "
@@ -281,7 +284,8 @@ def check_before_trace(
     if windows is not None and type(width) is int:
         plan = make_plan(windows, width, options, kv_sources(config))
         if options.kv_dtype is not None:
-            caches = Caches(options.kv_dtype, _head_dims(config, width), plan.refresh_policy.fills)
+            convolves = CONVOLUTION in (getattr(config, "layer_types", None) or ())
+            caches = Caches(options.kv_dtype, _head_dims(config, width), plan.refresh_policy.fills, convolves)
             for target in set(options.targets) & set(TARGETS):
                 TARGETS[target].check_caches(caches, options)
         if options.adapters is not None:

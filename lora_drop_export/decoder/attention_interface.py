@@ -7,7 +7,7 @@ result [B, S, H, D] back. Features that no step graph holds are refused here, wh
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from .refusals import unsupported
 
 DOMAIN = "lora_drop"  # of the nodes that a trace makes
 _SMALLEST = float(np.finfo(np.float32).tiny)
+_FUNCTIONS: dict[str, Callable[[Any], Any]] = {}  # that are registered, by name
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,22 @@ class AttentionCall:
     window: int
     softcap: float
     sinks: Any = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its softmax is that of the scores and of nothing else."""
+        return not self.softcap and self.sinks is None
+
+    def only(self, row: int, tokens: int) -> AttentionCall:
+        """The first tokens of a row."""
+        query, key, value = (tensor[row : row + 1, :, :tokens] for tensor in (self.query, self.key, self.value))
+        return replace(self, query=query, key=key, value=value)
+
+    def mixed(self, key: Any, value: Any, seen: Any) -> Any:
+        """Attention [B, S, H, D] of the queries to K and V [B, Hkv, C, D], each as far as `seen` [S, C] says."""
+        group = self.query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))  # [B, H, C, D]
+        return (self.weights(self.query @ key.mT, seen) @ value).transpose(1, 2)
 
     def weights(self, products: Any, seen: Any) -> Any:
         """The softmax [.., H, S, C] of queries times keys, as far as they are seen, less what the sinks take of it.
@@ -76,8 +93,10 @@ def _widened(tensor: Any, width: int) -> Any:
     return tensor if tensor.shape[3] == width else torch.nn.functional.pad(tensor, (0, width - tensor.shape[3]))
 
 
-def register_attention(name: str, attend: Callable[[AttentionCall], Any]) -> None:
-    """Let models with `attn_implementation=name` call `attend`, which returns [B, S, H, D].
+def register_attention(name: str, attend: Callable[[Any], Any]) -> None:
+    """Let models with `attn_implementation=name` call `attend` with an AttentionCall; it returns [B, S, H, D].
+
+    A model of `exchange_convolutions` calls it with ConvolutionCalls as well.
 
     The last function of a name counts: transformers looks it up at every call.
     """
@@ -119,3 +138,9 @@ def register_attention(name: str, attend: Callable[[AttentionCall], Any]) -> Non
         return (mixed if width == value_width else mixed[..., :value_width]), None
 
     AttentionInterface.register(name, attention)
+    _FUNCTIONS[name] = attend
+
+
+def attention_function(name: str) -> Callable[[Any], Any]:
+    """What models with `attn_implementation=name` call."""
+    return _FUNCTIONS[name]

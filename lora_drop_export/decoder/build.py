@@ -10,6 +10,8 @@ from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.weights.resolve import find_tensor
 
+from .convolutions import exchange_convolutions
+
 _ROWS = 4096  # that are compared at a time
 
 
@@ -68,4 +70,6 @@ def build_model(checkpoint: Checkpoint, dtype: str, attention: str | None = None
             text.tie_word_embeddings = False
             model = build()
         model.config._experts_implementation = experts  # older versions take their own names alone as an option
-        return model
+    if attention is not None:
+        exchange_convolutions(model)
+    return model

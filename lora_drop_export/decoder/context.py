@@ -9,6 +9,7 @@ from lora_drop_runtime.errors import InputError, ModelError
 _SIZES = ("max_position_embeddings", "n_positions", "max_sequence_length")
 _ORIGINAL = "original_max_position_embeddings"
 _UNKNOWN = 2048
+CONVOLUTION = "conv"  # type of a layer with a short convolution, in `layer_types`
 _MOST = 2**63 - 1  # of a manifest
 
 
@@ -46,6 +47,12 @@ def context_in_words(config: Any) -> str:
     if context == _longrope_context(config):
         return f"{context} (up to which LongRoPE's frequencies are the same for all texts)"
     return str(context)
+
+
+def convolution_window(config: Any) -> int:
+    """Positions that a short convolution sees, as LFM2 has them; 0 in models without any."""
+    size = getattr(config, "conv_L_cache", None)
+    return size if type(size) is int else 0
 
 
 def window_within(config: Any, size: int | None) -> int:

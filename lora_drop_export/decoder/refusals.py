@@ -11,6 +11,7 @@ from lora_drop_runtime.errors import ModelError
 from lora_drop_export.checkpoint.experts import TURNED
 from lora_drop_export.checkpoint.foreign import refused
 
+from .context import CONVOLUTION
 from .gates import gate_of
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -19,6 +20,7 @@ _ALIBI = ("bloom",)  # whose configs do not say so
 _ABOVE_ZERO = ("rope_theta", "routed_scaling_factor")
 _UNBOUND = ("time_step_limit",)  # Mamba's, which is infinite in configs of models without such layers, too
 _LARGEST = float(np.finfo(np.float32).max)
+_SHORT_CONVOLUTIONS = ("lfm2", "lfm2_moe")
 _OWN_ATTENTION = ("falcon", "gpt_neo", "mpt")
 _OTHER_ATTENTION = ("linear", "chunked", "compressed", "indexed", "reference")  # words in the types of layers
 
@@ -36,7 +38,9 @@ def _features_of_config(config: Any) -> list[tuple[Any, str]]:
     """Whether it has each of the features, and how it is called."""
     text = config.get_text_config()
     types = getattr(text, "layer_types", None) or ()
+    short = {CONVOLUTION} if text.model_type in _SHORT_CONVOLUTIONS else set()
     other = [t for t in types if "attention" not in t or any(word in t for word in _OTHER_ATTENTION)]
+    other = [t for t in other if t not in short]
     alibi = getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False)
     return [
         (config.is_encoder_decoder, "an encoder (cross attention)"),

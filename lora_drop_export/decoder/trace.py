@@ -3,7 +3,8 @@
 Enters: a checkpoint, of which only the config is used. Leaves: a `TracedModel`: an onnx-ir graph of the decoder where
   - each attention is one `lora_drop::CacheAttention(query, key, value[, sinks])` node, heads split and RoPE applied,
     query [B, H, S, D], key and value [B, Hkv, S, D], sinks [H] → [B, S, H, D], attributes layer, scale, sliding_window,
-    softcap;
+    softcap; each short convolution one `lora_drop::CacheConvolution(x, gate, taps[, bias])`, x and gate [B, S, d],
+    taps [d, 1, K] → [B, S, d], attribute layer;
   - each mixture of experts is one `lora_drop::Experts` node (experts.py);
   - the residual stream carries the names `hidden_states.0` … `hidden_states.n` (layer i reads i and makes i+1);
   - parameters are initializers with their Hugging Face names, external and without data;
@@ -33,6 +34,7 @@ from lora_drop_export.weights.resolve import resolve_tensors
 from .anatomy import buffer_values, decoder_layers, first_output, kv_sources, name_of, tied_names
 from .attention_interface import DOMAIN, AttentionCall, register_attention
 from .build import build_model
+from .convolutions import ConvolutionCall
 from .experts import name_experts, register_experts
 from .norms import spell_reciprocal_roots, widen_normed
 from .parameters import bind_initializers, leave_places, looked_up, narrow_parameters
@@ -52,8 +54,8 @@ class TracedModel:
     Attributes:
         graph: see the module docstring.
         parameters: name → shape of the weights that a checkpoint has to give.
-        windows: sliding window of each layer in positions, 0 for none.
-        heads: of each layer's attention.
+        windows: sliding window of each layer in positions, 0 for none; of a convolution the positions that it mixes.
+        heads: of each layer's attention; of a convolution one, as wide as a half of its channels.
         kv_sources: layers whose K and V others take.
         layers_prefix: name of the list of decoder layers, e.g. `model.layers`.
         embedding_only: parameters that are only looked up row by row.
@@ -121,10 +123,32 @@ def _not_initialised() -> Iterator[None]:
         PreTrainedModel.initialize_weights = initialize
 
 
-def _emit_attention(call: AttentionCall, calls: _Calls) -> Any:
+def _emit_convolution(call: ConvolutionCall, calls: _Calls) -> Any:
+    """One CacheConvolution node in place of a convolution, and a note of it in `calls`."""
+    import torch
+
+    layer = call.module.layer_idx
+    calls.layers.append(layer)
+    calls.windows.append(call.window)
+    calls.shapes.append((1, 1, call.key.shape[3]))
+    calls.scales.append((1.0, 0.0))
+    calls.keys.append(call.x)
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::CacheConvolution",
+        (call.x, call.gate, call.taps, *(() if call.bias is None else (call.bias,))),
+        {"layer": layer},
+        dtype=call.x.dtype,
+        shape=call.x.shape,
+        version=1,
+    )
+
+
+def _emit_attention(call: AttentionCall | ConvolutionCall, calls: _Calls) -> Any:
     """One CacheAttention node in place of an attention, and a note of it in `calls`."""
     import torch
 
+    if isinstance(call, ConvolutionCall):
+        return _emit_convolution(call, calls)
     batch, heads, sequence, head_dim = call.query.shape
     layer = call.module.layer_idx
     calls.layers.append(layer)

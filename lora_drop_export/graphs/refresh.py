@@ -4,8 +4,9 @@ Enters: the traced graph, a drop plan, where each weight lies, adapters. Leaves:
 protos in plain ONNX (opset 24), with the inputs and outputs of lora_drop_runtime.graph_io. Knows no target.
 
     refresh_from_trace          CacheAttention → TensorScatter (K), TensorScatter (V), Attention with an explicit mask,
-                                scaled where it has sinks (sinks.py); state outputs for dropped layers; Experts → all of
-                                them (experts.py)
+                                scaled where it has sinks (sinks.py); CacheConvolution → the same writes, and a sum of
+                                products (convolutions.py); state outputs for dropped layers; Experts → all of them
+                                (experts.py)
     lora_step_from_refresh      each dropped layer is cut out and its surrogate put in; S = 1
     with_rows_chosen_early      the refresh graph's choice of rows, from before the head up to the last attention
 """
@@ -32,11 +33,17 @@ from lora_drop_export.decoder.attention_interface import DOMAIN
 from lora_drop_export.decoder.experts import is_mixture
 from lora_drop_export.decoder.trace import TracedModel
 
+from .convolutions import expand_convolution, is_convolution
 from .experts import expand_experts
 from .match import SYMMETRIC, ZERO_POINTS
 from .nodes import Ops
 from .sinks import scaled_by_sinks
 from .values import IR_VERSION, OPSET, external, initializer, middle_name, named, stream_names, typed_value
+
+
+def _keeps_tokens(node: ir.Node) -> bool:
+    """Whether it is an attention or a convolution as traced."""
+    return is_convolution(node) or (node.domain == DOMAIN and node.op_type == "CacheAttention")
 
 
 def _ints(value: int | list[int]) -> ir.Node:
@@ -90,64 +97,107 @@ class _Masks:
         return node.outputs[0]
 
 
+_PARTS = ("key", "value")
 _LIMITS = {ir.DataType(BY_NAME[name].onnx): limits for name, limits in CACHE_DTYPES.items()}
 
 
-def _write_rounded(
-    ops: Ops, past: ir.Value, tensor: ir.Value, scale: ir.Value, length: ir.Value
-) -> tuple[ir.Value, ir.Value]:
-    """(a cache of 8 bits after new entries are written, its values in the dtype of activations)."""
-    entry, activations, wide = past.dtype, tensor.dtype, ir.DataType.FLOAT
-    assert entry is not None
-    assert activations is not None
-    steps = ops("Div", tensor if activations == wide else ops("Cast", tensor, to=int(wide)), scale)
-    if entry == ir.DataType.INT8:
-        steps = ops("Round", steps)
-    limits = (ops.constant(np.array(limit, np.float32)) for limit in _LIMITS[entry])
-    present = ops("TensorScatter", past, ops("Cast", ops("Clip", steps, *limits), to=int(entry)), length, axis=2)
-    cache = ops("Mul", ops("Cast", present, to=int(wide)), scale)
-    cache.shape, cache.type = past.shape, ir.TensorType(wide)
-    if activations != wide:
-        cache = ops("Cast", cache, to=int(activations))
-        cache.shape, cache.type = past.shape, tensor.type
-    return present, cache
+@dataclass(frozen=True)
+class _Entries:
+    """How entries of a cache are read and written: as they are, or with a scale where they have 8 bits.
+
+    Attributes:
+        past: the cache, [B, Hkv, C, D].
+        length: its valid slots, [B].
+        activations: type of the values.
+        scale: float32 [Hkv, 1, D or 1]; None where entries are the values.
+    """
+
+    past: ir.Value
+    length: ir.Value
+    activations: ir.TypeProtocol | None
+    scale: ir.Value | None
+
+    def write(self, ops: Ops, values: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """(the cache after values [B, Hkv, S, D] are written, the entries that they are in it)."""
+        entries = values
+        if self.scale is not None:
+            kind, wide = self.past.dtype, ir.DataType.FLOAT
+            assert kind is not None
+            steps = ops("Div", values if values.dtype == wide else ops("Cast", values, to=int(wide)), self.scale)
+            if kind == ir.DataType.INT8:
+                steps = ops("Round", steps)
+            limits = (ops.constant(np.array(limit, np.float32)) for limit in _LIMITS[kind])
+            entries = ops("Cast", ops("Clip", steps, *limits), to=int(kind))
+        return ops("TensorScatter", self.past, entries, self.length, axis=2), entries
+
+    def read(self, ops: Ops, entries: ir.Value, shape: ir.Shape | None = None) -> ir.Value:
+        """The values that entries [.., D] have."""
+        if self.scale is None:
+            return entries
+        wide = ir.DataType.FLOAT
+        values = ops("Mul", ops("Cast", entries, to=int(wide)), self.scale)
+        values.shape, values.type = shape, ir.TensorType(wide)
+        if self.activations is not None and self.activations.dtype != wide:
+            values = ops("Cast", values, to=int(self.activations.dtype))
+            values.shape, values.type = shape, self.activations
+        return values
 
 
-def _expand_cache_attention(
+def _entries(
     graph: ir.Graph,
-    node: ir.Node,
+    layer: int,
     inputs: Mapping[str, ir.Value],
     masks: _Masks,
     kv_scales: Mapping[str, TensorPlace],
-) -> dict[str, ir.Value]:
-    """One CacheAttention node becomes the cache write and the attention; returns the present_* values."""
+    activations: ir.TypeProtocol | None,
+) -> list[_Entries]:
+    """Of a layer's K and V."""
+    found = []
+    for part in _PARTS:
+        stored = kv_scales.get(f"kv_scales.{layer}.{part}")
+        scale = None if stored is None else initializer(graph, f"kv_scales.{layer}.{part}", stored)
+        found.append(_Entries(inputs[f"past_{part}.{layer}"], masks.length(layer), activations, scale))
+    return found
+
+
+def _expand_cache_convolution(graph: ir.Graph, node: ir.Node, caches: Sequence[_Entries], _: _Masks) -> list[ir.Value]:
+    """One CacheConvolution node becomes the cache writes and the sum; returns the presents."""
+
+    def write(ops: Ops, values: ir.Value, part: int) -> tuple[ir.Value, ir.Value]:
+        present, entries = caches[part].write(ops, values)
+        return present, caches[part].read(ops, entries)
+
+    def read(ops: Ops, entries: ir.Value, part: int) -> ir.Value:
+        return caches[part].read(ops, entries)
+
+    return expand_convolution(graph, node, [cache.past for cache in caches], caches[0].length, write, read)
+
+
+def _expand_cache_attention(
+    graph: ir.Graph, node: ir.Node, caches: Sequence[_Entries], masks: _Masks
+) -> list[ir.Value]:
+    """One CacheAttention node becomes the cache writes and the attention; returns the presents."""
     layer = node.attributes["layer"].as_int()
     window = node.attributes["sliding_window"].as_int()
     softcap = node.attributes["softcap"].as_float()
-    presents, caches = {}, []
+    presents, read = [], []
     ops = Ops()
-    for part, tensor in zip(("key", "value"), node.inputs[1:3], strict=True):
-        past = inputs[f"past_{part}.{layer}"]
-        stored = kv_scales.get(f"kv_scales.{layer}.{part}")
-        if stored is None:
-            present = cache = ops("TensorScatter", past, tensor, masks.length(layer), axis=2)
-        else:
-            assert tensor is not None
-            scale = initializer(graph, f"kv_scales.{layer}.{part}", stored)
-            present, cache = _write_rounded(ops, past, tensor, scale, masks.length(layer))
-        presents[f"present_{part}.{layer}"] = present
-        caches.append(cache)
+    for cache, tensor in zip(caches, node.inputs[1:3], strict=True):
+        assert tensor is not None
+        present, _ = cache.write(ops, tensor)
+        presents.append(present)
+        read.append(cache.read(ops, present, cache.past.shape))
     query = node.inputs[0]
     assert query is not None
     attributes: dict[str, Any] = {"scale": node.attributes["scale"].as_float()}
     if softcap:
         attributes["softcap"] = softcap
-    attended = ops("Attention", query, *caches, masks.get(layer, window), **attributes)  # [B, H, S, D]
+    attended = ops("Attention", query, *read, masks.get(layer, window), **attributes)  # [B, H, S, D]
     attended.type = query.type
     if len(node.inputs) > 3:
         sinks = node.inputs[3]
         assert sinks is not None
-        kv_heads = int(inputs[f"past_key.{layer}"].shape[1])  # type: ignore[index, arg-type]
+        kv_heads = int(caches[0].past.shape[1])  # type: ignore[index, arg-type]
         attended = scaled_by_sinks(ops, ops.nodes[-1], sinks, kv_heads)
     heads_last = ops("Transpose", attended, perm=[0, 2, 1, 3])  # [B, S, H, D]
     heads_last.type, heads_last.shape = query.type, node.outputs[0].shape
@@ -192,8 +242,9 @@ def half_parameters(traced: TracedModel) -> list[tuple[frozenset[str], frozenset
     """
     graph = traced.graph.graph
     values: dict[str | None, ir.Value] = {value.name: value for node in graph for value in node.outputs}
-    attentions = {
-        n.attributes["layer"].as_int(): n for n in graph if n.domain == DOMAIN and n.op_type == "CacheAttention"
+    made_of = {  # of each layer what becomes K and V
+        node.attributes["layer"].as_int(): node.inputs[:1] if is_convolution(node) else node.inputs[1:3]
+        for node in filter(_keeps_tokens, graph)
     }
 
     def parameters(ends: Sequence[ir.Value | None], layer: int) -> frozenset[str]:
@@ -212,7 +263,7 @@ def half_parameters(traced: TracedModel) -> list[tuple[frozenset[str], frozenset
 
     halves = []
     for layer in range(len(traced.windows)):
-        made = parameters(attentions[layer].inputs[1:3], layer) if layer in attentions else frozenset()
+        made = parameters(made_of.get(layer, ()), layer)
         try:
             halves.append((parameters([attention_residual(values, layer)], layer), made))
         except ModelError:
@@ -291,8 +342,12 @@ def refresh_from_trace(
     values = {value.name: value for node in graph for value in node.outputs}
     presents: dict[str, ir.Value] = {"logits": graph.outputs[0]}
     masks = _Masks(inputs, plan)
-    for node in [n for n in graph if n.domain == DOMAIN and n.op_type == "CacheAttention"]:
-        presents |= _expand_cache_attention(graph, node, inputs, masks, kv_scales or {})
+    for node in list(filter(_keeps_tokens, graph)):
+        layer, (first, *_) = node.attributes["layer"].as_int(), node.outputs
+        caches = _entries(graph, layer, inputs, masks, kv_scales or {}, first.type)
+        expand = _expand_cache_convolution if is_convolution(node) else _expand_cache_attention
+        made = expand(graph, node, caches, masks)
+        presents |= {f"present_{part}.{layer}": present for part, present in zip(_PARTS, made, strict=True)}
     for layer, middle in _streams_between_halves(graph, plan).items():
         middle.name = middle_name(layer)
         values[middle.name] = middle

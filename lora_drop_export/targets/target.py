@@ -31,11 +31,13 @@ class Caches:
         dtype: of their entries.
         head_dims: values of a head, of the layers.
         fills: LoRA steps write the caches of dropped attentions (`--policy fill`).
+        convolves: layers with short convolutions have caches, too.
     """
 
     dtype: str
     head_dims: frozenset[int]
     fills: bool
+    convolves: bool
 
 
 @dataclass(frozen=True)

@@ -283,6 +283,13 @@ def gpt_oss() -> transformers.PreTrainedModel:
     )
 
 
+def lfm2(**options: Any) -> transformers.PreTrainedModel:
+    """Short convolutions in two of three layers, one of them the last."""
+    own = FEW | {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "conv_bias": True}
+    own |= {"block_auto_adjust_ff_dim": False}
+    return build(transformers.Lfm2ForCausalLM, transformers.Lfm2Config, seed=67, **own | options)
+
+
 # Of fewer layers and tested in fewer ways: what each of them adds to those above
 MORE_FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     builder.__name__: builder
@@ -302,5 +309,6 @@ MORE_FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
         qwen2_moe,
         granitemoe,
         gpt_oss,
+        lfm2,
     )
 }

@@ -6,7 +6,8 @@ slowly. Every token goes through the model's own `forward`, so embedding scaling
 the model's; only two things are exchanged while it runs:
 
 * each decoder layer's `forward`, so that a dropped layer's LoRA step computes the surrogate instead;
-* the attention function, so that K and V lie in plain Python lists with a position beside each entry.
+* the attention function, so that K and V lie in plain Python lists with a position beside each entry; and short
+  convolutions, whose inputs lie there in the place of K.
 
 It knows nothing of the product: no graphs, no batches, no capacities, no padding.
 """
@@ -98,6 +99,8 @@ class Row:
             self.model.set_attn_implementation(ATTENTION_NAME)
             for i, layer in enumerate(self.layers):
                 undo.enter_context(mock.patch.object(layer, "forward", partial(self.run_layer, i, layer.forward)))
+                if hasattr(layer, "conv"):
+                    undo.enter_context(mock.patch.object(layer.conv, "forward", partial(convolution, layer.conv)))
                 norm = norm_after_attention(layer)
                 if norm is not None:
                     undo.enter_context(norm.register_forward_pre_hook(partial(self.keep_h, i)))
@@ -218,7 +221,7 @@ def norm_after_attention(layer: torch.nn.Module) -> torch.nn.Module | None:
     # Gemma 2 has both; its post_attention_layernorm comes before the residual is added
     if hasattr(layer, "pre_feedforward_layernorm"):
         return layer.pre_feedforward_layernorm
-    return getattr(layer, "post_attention_layernorm", None)
+    return getattr(layer, "post_attention_layernorm", None) or getattr(layer, "ffn_norm", None)
 
 
 def attention(
@@ -252,6 +255,21 @@ def attention(
 
 
 AttentionInterface.register(ATTENTION_NAME, attention)
+
+
+def convolution(module, hidden_states: Tensor, **_unused) -> Tensor:
+    """LFM2's short convolution of one new token `[1, 1, d]` over this layer's own list of slots."""
+    if not running.attends:
+        return torch.zeros_like(hidden_states)
+    gate, own_gate, x = module.in_proj(hidden_states)[0, 0].chunk(3)
+    slots, position = running.slots[module.layer_idx], running.position
+    slots.append((position, gate * x, torch.zeros(0)))
+    mixed = torch.zeros_like(x) if module.conv.bias is None else module.conv.bias.clone()
+    size = module.conv.weight.shape[2]
+    for at, entry, _ in slots:
+        if position - at < size:
+            mixed += module.conv.weight[:, 0, size - 1 - (position - at)] * entry
+    return module.out_proj(own_gate * mixed)[None, None]
 
 
 def run_in_full(row: Row, tokens: Sequence[int]) -> tuple[Row, Tensor]:

@@ -1,4 +1,4 @@
-"""Cache writes and Attention → PagedAttention."""
+"""Cache writes and Attention → PagedAttention; a short convolution → PagedAttention, Earlier and Convolution."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from lora_drop_runtime.bundle.paged_io import BLOCK, DOMAIN, TABLES, cache_names
 from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
+from lora_drop_export.graphs.convolutions import Convolution, convolutions
 from lora_drop_export.graphs.match import cache_write, mask_window
 from lora_drop_export.graphs.nodes import HEADS_FIRST, Ops, rank, replace_node
 
@@ -108,8 +109,47 @@ def _lower_one(graph: ir.Graph, node: ir.Node, layer: int, tables: list[ir.Value
     replace_node(graph, heads_last, ops, ops("Reshape", attended, ops.ints([1, -1, heads, head_dim])))
 
 
+def _lower_convolution(graph: ir.Graph, one: Convolution, tables: list[ir.Value]) -> None:
+    """PagedAttention writes the caches, Earlier reads the few tokens before, Convolution mixes them with the new ones.
+
+    The gate is in the place of the queries, two heads of them, and is made where they are. Of a dropped layer
+    Convolution lies in an If: where OpenVINO computes without tokens (2026.4), what comes behind is lost.
+    """
+    x = one.join.inputs[1]
+    assert x is not None
+    width = int(x.shape[2])  # type: ignore[index, arg-type]
+    shape = ir.Shape(["blocks", 1, BLOCK, width // 2])
+    caches = [ir.val(name, ir.DataType.FLOAT, shape) for name in cache_names([one.layer])]
+    graph.inputs.extend(caches)
+    gate, ops = one.gated.inputs[0], Ops()
+    split = ir.node("Split", [x], {"axis": 2, "num_outputs": 2}, num_outputs=2)
+    ops.nodes.append(split)
+    for half in split.outputs:
+        half.type, half.shape = x.type, ir.Shape([*x.shape[:2], width // 2])  # type: ignore[index]
+    rows = []
+    for value, size in zip((gate, *split.outputs), (width, width // 2, width // 2), strict=True):
+        packed = ops("Reshape", value, ops.ints([-1, size]))
+        packed.type, packed.shape = x.type, ir.Shape(["tokens", size])
+        rows.append(packed)
+    size = int(one.taps.shape[2])  # type: ignore[index, arg-type]
+    attended = ops("PagedAttention", *rows, *caches, *tables, domain=DOMAIN, scale=1.0, window=size, heads=2)
+    attended.name = f"attended.{one.layer}"
+    before = ir.node("Before", tables, {"count": size - 1}, domain=DOMAIN, num_outputs=2)  # one for all layers, by CSE
+    ops.nodes.append(before)
+    found, slots = before.outputs
+    found.shape, slots.shape = ir.Shape(["tokens", size - 1]), ir.Shape(["tokens", size - 1, 3])
+    found.type = slots.type = ir.TensorType(ir.DataType.INT64)
+    earlier = ops("Earlier", *caches, slots, domain=DOMAIN)
+    bias = () if one.bias is None else (one.bias,)
+    mixed = ops("Convolution", *rows, attended, earlier, found, one.taps, *bias, domain=DOMAIN)
+    for value in (attended, mixed):
+        value.type, value.shape = x.type, ir.Shape(["tokens", width])
+    earlier.type, earlier.shape = x.type, ir.Shape(["tokens", size - 1, width])
+    replace_node(graph, one.gated, ops, ops("Reshape", mixed, ops.ints([1, -1, width])))
+
+
 def lower_attention(graph: ir.Graph, plan: DropPlan, sinks: Mapping[ir.Node, ir.Value]) -> None:
-    """Every attention, and the inputs that they need.
+    """Every attention and convolution, and the inputs that they need.
 
     Args:
         sinks: of the attentions that have some.
@@ -119,6 +159,8 @@ def lower_attention(graph: ir.Graph, plan: DropPlan, sinks: Mapping[ir.Node, ir.
     for group, used in (("kept", len(dropped) < plan.num_layers), ("dropped", bool(dropped))):
         if used:
             graph.inputs.extend(groups[group])
+    for one in convolutions(graph):
+        _lower_convolution(graph, one, groups["dropped" if one.layer in dropped else "kept"])
     for node in list(graph):
         if node.op_type != "Attention":
             continue

@@ -10,7 +10,7 @@ from typing import Any
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Manifest, OpenVinoEntry, TargetEntry
 from lora_drop_runtime.engines.openvino.package import import_openvino
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import InputError, ModelError
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.console import Console
@@ -47,8 +47,14 @@ class OpenVinoTarget:
     def takes_kept(self, form: BlockFormat) -> bool:
         return not form.floating
 
-    def check_caches(self, caches: object, options: object) -> None:
-        """It takes them with any model and policy."""
+    def check_caches(self, caches: Any, options: object) -> None:
+        """Entries of 8 bits lie there in a form of OpenVINO's own, which its attention alone reads."""
+        if caches.convolves:
+            raise ModelError(
+                f"Target {self.name} has no {caches.dtype} caches for short convolutions.",
+                note="What they keep of a token is read beside the attention, which alone knows their form.",
+                hint="Leave --kv-dtype out, or use --target ort.",
+            )
 
     def check_experts(self, dtype: str, formats: object, activations: object) -> None:
         """It takes all."""

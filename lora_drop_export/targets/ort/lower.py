@@ -109,6 +109,8 @@ def lower_step(proto: onnx.ModelProto, max_positions: int, ragged: bool = False)
             pad_cache_write(graph, node)
     graph.sort()
     RemoveUnusedNodesPass()(model)
+    if packing is not None:
+        packing.convolve(graph)
     fuse_elementwise(graph)
     compare_in_float32(graph)
     float32_logits(graph)

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from lora_drop_runtime.bundle.graph_io import PACKED_STEP
 
+from lora_drop_export.graphs.convolutions import convolutions
 from lora_drop_export.graphs.nodes import Ops, replace_node
 
 LEAD = ("lead", "tokens")  # 1, T in a packed step; else B, S
@@ -134,6 +135,8 @@ class Packing:
         for node in {node: None for node, _ in kept.uses() if node not in own}:
             if node.op_type == "Unsqueeze":
                 for add in {use.node: None for use in node.outputs[0].uses()}:
+                    if add.op_type == "Sub":  # graphs/convolutions.py makes slots so
+                        continue
                     assert add.op_type == "Add"  # graphs/ and decoder/trace.py make positions so, and masks of them
                     add.outputs[0].replace_all_uses_with(self.positions)
             elif node.op_type == "Shape":
@@ -161,6 +164,28 @@ class Packing:
         logits.name, logits.shape = f"{logits.name}.packed", None
         graph.extend(ops.nodes)
         graph.outputs[0] = whole
+
+    def convolve(self, graph: ir.Graph) -> None:
+        """Convolutions [B, S, d] over chunks, as attention is; the tokens that there are join their caches."""
+        for one in convolutions(graph):
+            new, ops = one.join.inputs[1], Ops()
+            chunks = self.chunks(ops, new)
+            graph.insert_before(one.join, ops.nodes)
+            one.join.replace_input_with(1, chunks)
+            whole, ops = one.sum.outputs[0], Ops()
+            tokens = self.tokens(ops, whole)
+            tokens.type, tokens.shape = whole.type, whole.shape
+            _use_instead(whole, tokens, {*ops.nodes})
+            graph.insert_after(one.sum, ops.nodes)
+        for write in [node for node in graph if node.op_type == "TensorScatter"]:
+            past, entries, length = write.inputs
+            ops = Ops()
+            rows, columns = (ops("Slice", self._places, *(ops.ints([n]) for n in (k, k + 1, 2))) for k in (0, 1))
+            slots = ops("Add", ops("Gather", length, rows), columns)  # [lead, tokens, 1]
+            places = ops("Concat", rows, ops("Sub", rows, rows), slots, axis=2)
+            written = ops("ScatterND", past, places, ops("Squeeze", entries, ops.ints([1])))
+            replace_node(graph, write, ops, written)
+            graph.remove(write, safe=True)
 
 
 def keep_idle_states(graph: ir.Graph, new_tokens: ir.Value) -> None:

@@ -217,11 +217,14 @@ class TrtTarget:
                 "takes float32, float16 and bfloat16.",
                 hint="Use --attention plugin, or leave --kv-dtype out.",
             )
-        if caches.fills:
+        if caches.fills or caches.convolves:
+            what, hint = (
+                ("--policy fill", "Use another --policy, or leave") if caches.fills else ("A convolution", "Leave")
+            )
             raise InputError(
-                f"--policy fill cannot write {short} caches on {self.name}.",
-                note="What a LoRA step fills, TensorRT's cache layer writes, which takes no entries of 8 bits.",
-                hint="Use another --policy, or leave --kv-dtype out.",
+                f"{what} cannot write {short} caches on {self.name}.",
+                note="What it keeps of a token, TensorRT's cache layer writes, which takes no entries of 8 bits.",
+                hint=f"{hint} --kv-dtype out.",
             )
         odd = [head_dim for head_dim in sorted(caches.head_dims) if head_dim % _QUANTIZED_HEAD]
         if odd:

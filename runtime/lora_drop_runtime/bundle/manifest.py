@@ -29,13 +29,13 @@ QUANTIZED_DTYPES = (*INTEGER_DTYPES, "float8_e4m3fn")  # of weights; of fp8 a ro
 class ModelFacts:
     """What the runtime and the cost formulas need to know of the model.
 
-    `fingerprint` identifies the base weights whatever dtype they are stored in; `windows` holds each layer's
-    sliding window in positions, 0 for none; `dtype` is of activations and, unless there is a `kv_dtype`, of caches;
-    `weight_dtype` is one of `QUANTIZED_DTYPES` where linear layers are quantized; the byte counts are as stored in the
-    bundle. Of `layer_bytes`, `attention_bytes` are those of the attention's half, and of these `kv_bytes` what makes K
-    and V of the layer's input; 0 where a layer has no halves. `layer_heads` has an entry for each layer where they
-    differ in their heads; the three figures of all layers are the first one's then. Of a mixture, `expert_bytes` of
-    each layer are those of its experts, of which a token reads the share `expert_share`.
+    `fingerprint` identifies the base weights whatever dtype they are stored in; `windows` holds each layer's sliding
+    window in positions, of a short convolution how many it mixes, 0 for none; `dtype` is of activations and, unless
+    there is a `kv_dtype`, of caches; `weight_dtype` is one of `QUANTIZED_DTYPES` where linear layers are quantized; the
+    byte counts are as stored in the bundle. Of `layer_bytes`, `attention_bytes` are those of the attention's half, and
+    of these `kv_bytes` what makes K and V of the layer's input; 0 where a layer has no halves. `layer_heads` has an
+    entry for each layer where they differ in their heads; the three figures of all layers are the first one's then. Of
+    a mixture, `expert_bytes` of each layer are those of its experts, of which a token reads the share `expert_share`.
     """
 
     name: str

@@ -37,6 +37,12 @@ DOMAIN = "lora_drop"
 #                   window, heads
 #   Capped          query, key, value, the blocks of a call [n, H, 32, D] ×2, past_lens, begins, block_begins, the
 #                   output of PagedAttention, which writes the caches; softcap, scale, window, heads
+#   Before          a group's tables; count: gives of each new token where those before it are, the farthest first:
+#                   places [T, count] among the new ones, −1 in the caches, −2 nowhere; and blocks, heads and slots in
+#                   the caches [T, count, 3], of any token where it is not there
+#   Earlier         key_cache, value_cache [blocks, 1, 32, d/2], those slots: gives [T, count, d]
+#   Convolution     gate [T, d], the halves of x [T, d/2] ×2, the output of PagedAttention, which writes the caches,
+#                   earlier [T, K − 1, d], those places, taps [d, 1, K] [, bias [d]]
 BLOCK = 32  # slots of a block; the operator's own
 GROUPS = ("kept", "dropped")
 TABLES = ("past_lens", "begins", "blocks", "block_begins", "longest")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_drop_export.decoder.attention_interface import AttentionCall, register_attention
+from lora_drop_export.decoder.convolutions import ConvolutionCall, exchange_convolutions
 
 ATTENTION_NAME = "lora_drop_teacher_forcing"
 
@@ -61,34 +62,31 @@ def _mask(state: Attention) -> Any:
     return state.masks[key]
 
 
-def _attend(call: AttentionCall) -> Any:
+def _attend(call: AttentionCall | ConvolutionCall) -> Any:
     """Attention of tokens [B, H, S, D] to the memory as far as each may see it, and causally to each other."""
     import torch
 
-    query, key, value = call.query, call.key, call.value
+    key, value = call.key, call.value
     state = _running
     state.seen, state.window = (key, value), call.window
     causal = state.memory is None and not call.window
     if state.memory is not None:
         key, value = (torch.cat(pair, dim=2) for pair in zip(state.memory, (key, value), strict=True))
-    group = query.shape[1] // key.shape[1]
+    if isinstance(call, ConvolutionCall) or not call.is_plain:
+        return call.mixed(key, value, _mask(state)).contiguous()
+    query, group = call.query, call.query.shape[1] // key.shape[1]
     if group > 1:
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    fused = not call.softcap and call.sinks is None
-    if causal and fused:
-        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=call.scale)
-        return mixed.transpose(1, 2).contiguous()
-    mask = _mask(state)
-    if fused:
-        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=call.scale)
-        return mixed.transpose(1, 2).contiguous()
-    return (call.weights(query @ key.transpose(2, 3), mask) @ value).transpose(1, 2).contiguous()
+    seen = {"is_causal": True} if causal else {"attn_mask": _mask(state)}
+    mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=call.scale, **seen)
+    return mixed.transpose(1, 2).contiguous()
 
 
 def exchange_attention(model: Any) -> None:
     """Let a model's layers call `_attend`, for good."""
     register_attention(ATTENTION_NAME, _attend)
     model.set_attn_implementation(ATTENTION_NAME)
+    exchange_convolutions(model)
 
 
 def begin(state: Attention) -> None:

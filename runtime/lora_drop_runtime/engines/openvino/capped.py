@@ -24,11 +24,17 @@ def ints(values: Any) -> Any:
     return op.constant(np.array(values, np.int64))
 
 
-def _range(count: Any) -> Any:
+def column(value: Any) -> Any:
+    """[n] as [n, 1]."""
+    return op.unsqueeze(value, ints(1))
+
+
+def counted(count: Any) -> Any:
+    """0 … count − 1."""
     return op.range(ints(0), count, ints(1), "i64")
 
 
-def _rows_of(places: Any, begins: Any) -> Any:
+def rows_of(places: Any, begins: Any) -> Any:
     """The row of each place [n], of rows that begin at begins [b + 1]."""
     ends = op.unsqueeze(op.slice(begins, ints([1]), ints([2**31]), ints([1])), ints(0))  # [1, b]
     behind = op.convert(op.greater_equal(op.unsqueeze(places, ints(1)), ends), "i64")
@@ -41,8 +47,8 @@ def _size(value: Any, axis: int) -> Any:
 
 def _slots(block_begins: Any, count: Any) -> tuple[Any, Any]:
     """Row and place in it of each slot [n · 32] of a call's blocks."""
-    block = _range(count)
-    row = _rows_of(block, block_begins)
+    block = counted(count)
+    row = rows_of(block, block_begins)
     first = op.multiply(op.subtract(block, op.gather(block_begins, row, ints(0))), ints(BLOCK))
     place = op.add(op.unsqueeze(first, ints(1)), ints(np.arange(BLOCK)[None]))
     rows = op.add(op.unsqueeze(row, ints(1)), ints(np.zeros((1, BLOCK))))
@@ -52,14 +58,11 @@ def _slots(block_begins: Any, count: Any) -> tuple[Any, Any]:
 def _mask(node: Node, tokens: Any, blocks: Any) -> Any:
     """Which slots, and which new tokens behind them, each token sees: [T, n · 32 + T]."""
     lens, begins, block_begins = (op.convert(node.get_input(n), "i64") for n in (5, 6, 7))
-    token = _range(tokens)
-    row = _rows_of(token, begins)
+    token = counted(tokens)
+    row = rows_of(token, begins)
     own = op.add(op.gather(lens, row, ints(0)), op.subtract(token, op.gather(begins, row, ints(0))))
     slot_row, slot = _slots(block_begins, blocks)
     valid = op.less(slot, op.gather(lens, slot_row, ints(0)))
-
-    def column(value: Any) -> Any:
-        return op.unsqueeze(value, ints(1))
 
     def line(value: Any) -> Any:
         return op.unsqueeze(value, ints(0))

@@ -20,6 +20,7 @@ from lora_drop_runtime.bundle.paged_io import DOMAIN, TABLES
 from lora_drop_runtime.dtypes import BY_NAME
 
 from .capped import capped_attention, ints
+from .convolution import before, convolution, earlier
 
 _NEARLY_NOTHING, _NEARLY_ALL = 1e-37, 3e38
 _PLAIN_GATE = (("alpha", 1.0), ("added", 0.0), ("limit", 0.0))  # that an Experts node of SiLU may leave out
@@ -316,6 +317,9 @@ class Conversions:
             "Rotary": _rotary,
             "PagedAttention": _paged_attention,
             "Capped": capped_attention,
+            "Before": before,
+            "Earlier": earlier,
+            "Convolution": lambda node: convolution(node, _widened),
         }
         return [ConversionExtension(name, DOMAIN, function) for name, function in functions.items()]
 
