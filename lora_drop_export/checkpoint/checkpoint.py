@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,15 @@ from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.errors import InputError
 
 _FINGERPRINT_VALUES = 64
+_SHARD = re.compile(r"(.*-)\d{5}-of-(\d{5})\.safetensors")
+
+
+def shards_of(name: str) -> list[str]:
+    """All files of which one of this name is one, such as model-00001-of-00003.safetensors; none of another name."""
+    match = _SHARD.fullmatch(name)
+    if match is None:
+        return []
+    return [f"{match[1]}{number:05}-of-{match[2]}.safetensors" for number in range(1, int(match[2]) + 1)]
 
 
 class TensorSource(Protocol):

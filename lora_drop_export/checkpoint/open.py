@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from lora_drop_runtime.files import is_directory, is_file, refuse_locked
 from lora_drop_export.quantize.choice import Quantization
 from lora_drop_export.quantize.dequantized import DequantizedTensor, dequantized_tensors
 
-from .checkpoint import Checkpoint, TensorSource
+from .checkpoint import Checkpoint, TensorSource, shards_of
 from .foreign import CHECKPOINT_HINT, read_json, refused, said
 from .gguf import gguf_reader, parsed_once, read_gguf
 from .gguf_config import complete_config
@@ -43,7 +42,6 @@ _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", 
 # Of a fast tokenizer; of older ones, some of which have no file named so
 _TOKENIZERS = ("tokenizer*", "vocab.json", "vocab.txt", "merges.txt", "*.model")
 _PROCESSORS_TEMPLATE = "chat_template.json"  # of models that see, in which their tokenizers do not look
-_SHARD = re.compile(r"(.*-)\d{5}-of-(\d{5})\.safetensors")
 _PICKLED = "pytorch_model*.bin"  # where there is nothing else
 _FILES = (".json", ".jinja", ".safetensors", ".bin", ".model")
 _UNREADABLE = "transformers cannot read this checkpoint."
@@ -191,13 +189,13 @@ def _check_files(directory: Path) -> None:
 
 def _check_shards(directory: Path, files: Sequence[Path]) -> None:
     """Refuse files that by their names are not all: model-00001-of-00003.safetensors."""
-    for match in filter(None, (_SHARD.fullmatch(file.name) for file in files)):
-        names = [f"{match[1]}{n:0{len(match[2])}}-of-{match[2]}.safetensors" for n in range(1, int(match[2]) + 1)]
+    for file in files:
+        names = shards_of(file.name)
         missing = [name for name in names if directory / name not in files]
         if missing:
             raise InputError(
                 "A shard of the checkpoint is missing.",
-                note=f"{match[0]:.120} is one of {len(names)} files, {missing[0]:.120} is not in {directory}.",
+                note=f"{file.name:.120} is one of {len(names)} files, {missing[0]:.120} is not in {directory}.",
                 hint="Download the rest of the checkpoint.",
             )
 

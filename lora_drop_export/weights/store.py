@@ -22,7 +22,7 @@ from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.dtypes import short_name
 from lora_drop_runtime.errors import InputError
 
-from lora_drop_export.checkpoint.checkpoint import TensorSource
+from lora_drop_export.checkpoint.checkpoint import TensorSource, shards_of
 from lora_drop_export.console import Progress
 from lora_drop_export.quantize.formats import BlockFormat
 
@@ -182,8 +182,12 @@ def store_weights(
         return write(Order.of(refs, groups), refs, dtype, formats, method, directory / "model.safetensors", progress)
     places = {}
     taken = {ADAPTERS_NAME, KV_SCALES_NAME}  # our own are written there, which a link would carry into the checkpoint
-    for file in sorted({ref.file for ref in refs.values()}):
+    files = sorted({ref.file for ref in refs.values()})
+    names = {file.name for file in files}
+    for file in files:
         name = file.name if file.suffix == ".safetensors" else f"{file.name}.safetensors"  # hub blobs: a hash
+        if not names.issuperset(shards_of(name)):  # one that the decoder needs nothing of, such as a vision tower's
+            name = f"{name.rpartition('-of-')[0]}.safetensors"
         while name in taken:
             name = f"model.{name}"
         taken.add(name)

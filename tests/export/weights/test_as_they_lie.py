@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_drop_export.cli import main
 from lora_drop_export.weights.store import copy_file
@@ -61,6 +61,24 @@ def test_sharded(tmp_path, expected, mode):
         assert filecmp.cmp(shard, stored, shallow=False)
         assert (stored.stat().st_ino == shard.stat().st_ino) == (mode == "link")
     assert tokens(bundle) == expected
+
+
+@pytest.mark.parametrize("mode", ["copy", "link"])
+def test_a_shard_that_the_decoder_needs_nothing_of(tmp_path, expected, mode):
+    """By their names the other ones were not all: the bundle was called a checkpoint whose shard is missing."""
+    model = tmp_path / "model"
+    short().model.save_pretrained(model, max_shard_size="80KB")
+    (model / "model.safetensors.index.json").unlink()
+    shards = sorted(model.glob("*.safetensors"))
+    renamed = [f"model-{number:05}-of-{len(shards) + 1:05}.safetensors" for number in range(1, len(shards) + 2)]
+    for shard, name in zip(shards, renamed, strict=False):
+        shard.rename(model / name)
+    save_file({"vision_tower.weight": torch.zeros(2, 2)}, model / renamed[-1])
+    bundle = export(model, tmp_path / "out", "--weights", mode)
+    stored = sorted(file.name for file in bundle.root.glob("weights/*.safetensors"))
+    assert stored == [f"model-{number:05}.safetensors" for number in range(1, len(shards) + 1)]
+    assert tokens(bundle) == expected
+    assert tokens(export(bundle.root, tmp_path / "again", "--weights", mode)) == expected
 
 
 @pytest.mark.parametrize("mode", ["copy", "link"])
