@@ -424,6 +424,8 @@ def test_halves_on_ort(tmp_path, capsys):
     assert "does not run experts in half precision" in printed
     assert "Hint: Use --dtype fp32" in printed
     assert "weights:" not in printed
+    assert main(["int4" if one == "bf16" else one for one in options] + ["--activation-dtype", "bf16"]) == 2
+    assert "Hint: Leave --activation-dtype out." in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([one for one in options if one not in ("--threads", "1")] + ["--target", "none"]) == 0
     capsys.readouterr()

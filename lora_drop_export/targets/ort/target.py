@@ -68,10 +68,13 @@ class OrtTarget:
     ) -> None:
         """Its operators take them in float32, or all in blocks of one kind, with gates of SiLU."""
         if dtype != "float32":
+            is_float = all(form is None for pair in formats for form in pair)
             raise ModelError(
                 "Target ort does not run experts in half precision.",
                 note=f"Activations would be {dtype}; the model is a mixture of experts.",
-                hint="Use --dtype fp32, int8 or int4; or --target openvino, which takes bf16, too.",
+                hint="Use --dtype fp32, int8 or int4; or --target openvino, which takes bf16, too."
+                if is_float
+                else "Leave --activation-dtype out.",
             )
         for activation in activations:
             check_activation(activation)
