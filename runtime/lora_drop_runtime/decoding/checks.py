@@ -23,9 +23,8 @@ from .sampling import Ids, SamplingOptions
 SLOTS = 8  # of a batch, where nothing is said
 
 
-def check_threads(threads: int | None) -> None:
-    if threads is not None:
-        THREADS.whole("The number of threads", threads)
+def checked_threads(threads: int | None) -> int | None:
+    return None if threads is None else THREADS.whole("The number of threads", threads)
 
 
 def not_pickled(what: str, instead: str) -> InputError:

@@ -60,7 +60,7 @@ def check_opening(path: str | Path, **asked: Unpack[Asked]) -> tuple[Bundle, Sch
     verifier = checked_policy(bundle, policy)
     chosen = scheduled(k, verifier)
     draft_source(asked["draft"], verifier, len(bundle.manifest.plan.sites))
-    checks.check_threads(asked["threads"])
+    checks.checked_threads(asked["threads"])
     check_engine(bundle, asked["target"], asked["provider"])
     return bundle, chosen, policy
 
@@ -71,4 +71,5 @@ def open_bundle(path: str | Path, *, check: bool, **asked: Unpack[Asked]) -> Ope
     bundle, chosen, policy = check_opening(path, **asked)
     if check:
         bundle.check_unchanged()
-    return Opened(bundle, open_engine(bundle, asked["target"], asked["provider"], asked["threads"]), chosen, policy)
+    threads = checks.checked_threads(asked["threads"])
+    return Opened(bundle, open_engine(bundle, asked["target"], asked["provider"], threads), chosen, policy)

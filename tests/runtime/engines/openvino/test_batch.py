@@ -313,6 +313,13 @@ def test_sizes_that_are_no_numbers(bundle: Bundle, wrong: Any) -> None:
     assert_refused(lambda: Batch.open(bundle.root, kv_cache_bytes=wrong, threads=1), "The size of the K/V caches")
 
 
+def test_threads_of_any_kind_of_number(bundle: Bundle) -> None:
+    for threads in (np.array(1), np.int64(1)):
+        with Batch.open(bundle.root, slots=1, threads=threads) as batch:
+            batch.add([5, 6], 3)
+            assert len(ticked_through(batch)[0]) == 3
+
+
 def test_caches_that_are_not_paged_have_no_size(bundle: Bundle) -> None:
     call = lambda: Batch.open(bundle.root, kv_cache_bytes=2**20, target="ort", threads=1)  # noqa: E731
     assert_refused(call, "The target's caches are allocated in advance.", str(2**20), "openvino")
