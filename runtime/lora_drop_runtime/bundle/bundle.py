@@ -281,6 +281,17 @@ class Bundle:
                 files[location] = np.memmap(self.root / location, np.uint8, "r")
         return files[location][offset : offset + size]
 
+    def written(self, name: str) -> tuple[int, int, int]:
+        """What no other file at the place of a recorded one has, nor the same one once it is written again.
+
+        Raises:
+            BundleError: there is none.
+        """
+        file = self.root / name
+        with _reading(file):
+            found = file.stat()
+        return found.st_dev, found.st_ino, found.st_mtime_ns
+
     def is_in_place(self) -> bool:
         """Whether its weights still lie at its place, for who reads them long after it was opened."""
         path = self.root / MANIFEST_NAME

@@ -291,7 +291,8 @@ def compiled_model(
         return _compile(bundle, target, settings, replaced)
     entry = bundle.target(target)[1]
     assert isinstance(entry, OpenVinoEntry)
-    read = tuple((name, one.sha256) for name, one in bundle.manifest.files.items() if name.startswith("weights/"))
+    weights = {name: one.sha256 for name, one in bundle.manifest.files.items() if name.startswith("weights/")}
+    read = tuple((name, sha256, bundle.written(name)) for name, sha256 in weights.items())
     graph = bundle.manifest.files[entry.steps].sha256
     key = (str(bundle.root.resolve()), graph, read, bundle.manifest.model, settings)
     with _lock:

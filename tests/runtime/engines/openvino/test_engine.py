@@ -29,6 +29,7 @@ from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
 from tests.support.bundles import Family, first_layers, make_adapted_bundle, make_bundle, save_adapters
+from tests.support.damage import write
 from tests.support.decoding import padded
 
 pytestmark = pytest.mark.usefixtures("quick_to_collect")
@@ -234,6 +235,24 @@ def test_sessions_share_a_compiled_model_until_the_last_is_closed(copy: Bundle) 
     gc.collect()
     assert compiled() is None
     reference.close()
+
+
+def test_weights_that_were_damaged_and_are_copied_again(copy: Bundle) -> None:
+    """Who opens them then does not get the model that was compiled of the damaged ones, which another has open yet."""
+    file = copy.root / "weights" / "model.safetensors"
+    good = file.read_bytes()
+    begin = 8 + int.from_bytes(good[:8], "little")
+    write(file, good[:begin] + b"\xff" * (len(good) - begin))
+    with Session.open(copy.root, threads=1) as damaged:
+        with pytest.raises(BundleError, match="not numbers"):
+            damaged.generate([5, 6], 3)
+        write(file, good)
+        with (
+            Session.open(copy.root, threads=1, check=True) as again,
+            Session.open(copy.root, target="ort", threads=1) as reference,
+        ):
+            for prompts, tokens in some_requests(0):
+                follow([again, reference], prompts, tokens, 2)
 
 
 def test_steps_of_several_tokens_get_a_model_of_their_own(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
