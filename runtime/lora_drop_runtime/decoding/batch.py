@@ -624,7 +624,10 @@ class Batch:
         self._rows = rows
 
     def _tell(self, event: Event) -> None:
-        self._untold.append(event)
+        """A row has one last event, though an interrupt, which ends it, may come as that is told."""
+        over = [one.row for one in self._untold if one.finished] if event.finished else ()
+        if event.row not in over:
+            self._untold.append(event)
 
     def _check_open(self) -> None:
         if not self._is_open:

@@ -432,6 +432,25 @@ def test_rows_are_cancelled_after_an_interrupt(count: int) -> None:
     assert sorted(event.row for event in events if event.finished) == [0, 1, 2]
 
 
+def test_an_interrupt_as_a_last_event_is_told_adds_none() -> None:
+    class Untold(list[Event]):
+        def append(self, event: Event) -> None:
+            super().append(event)
+            if event.finished:
+                raise KeyboardInterrupt
+
+    batch, _ = fake_batch(k=1, slots=2)
+    for prompt, new_tokens in (([1, 2], 1), ([3], 3)):
+        batch.add(prompt, new_tokens, stop_token_ids=[])
+    batch._untold = Untold()
+    with pytest.raises(KeyboardInterrupt):
+        batch.tick()
+    events: list[Event] = []
+    while batch.rows:
+        events += batch.tick()
+    assert [(event.row, event.finished) for event in events if event.finished] == [(0, "length"), (1, "length")]
+
+
 def test_a_row_that_fails_fails_alone() -> None:
     batch, engine = fake_batch(slots=2)
     plain = engine._predict
