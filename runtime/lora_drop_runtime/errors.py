@@ -18,6 +18,8 @@ import functools
 import operator
 from typing import Any
 
+_MOST_BITS = 1024  # of a number that a message says: Python refuses to write the longest
+
 
 def one_line(text: str) -> str:
     """A message or a name on one line: what a name may hold beside text, such as a line's end, is escaped."""
@@ -87,7 +89,10 @@ def wrong_type(what: str, value: object, needed: str, hint: str) -> InputError:
         what: begins the sentence: `The number of new tokens`.
         needed: ends the note: `a whole number`.
     """
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except ValueError:  # a number in it is too long
+        shown = "A value"
     shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
     note = f"{shown} of type {type(value).__name__} was given, needed is {needed}."
     return InputError(f"{what} has the wrong type.", note=note, hint=hint)
@@ -102,16 +107,17 @@ def whole_number(what: str, value: Any, hint: str) -> int:
     """An argument that has to be an int or a number of numpy's integers; a truth value is none.
 
     Raises:
-        InputError: it is something else; `what` begins the message.
+        InputError: it is something else, or too long to be written; `what` begins the message.
     """
-    if type(value) is int:
-        return value
     if is_truth_value(value) or not hasattr(value, "__index__"):
         raise wrong_type(what, value, "a whole number", hint)
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:  # an array of several, or of another type
         raise wrong_type(what, value, "a whole number", hint) from None
+    if (bits := number.bit_length()) > _MOST_BITS:
+        raise InputError(f"{what} is out of range.", note=f"It has {bits} bits; the most are {_MOST_BITS}.", hint=hint)
+    return number
 
 
 def counted(number: int, what: str) -> str:

@@ -98,6 +98,31 @@ def test_numbers_that_are_none(session, wrong) -> None:
             session.step(step)
 
 
+@pytest.mark.parametrize("wrong", [10**5000, -(10**5000)], ids=["positive", "negative"])
+def test_numbers_that_python_does_not_write(session, wrong) -> None:
+    batch, _ = fake_batch()
+    session.prefill([[5]], max_new_tokens=3)
+    for call in (
+        lambda: session.generate([5], wrong),
+        lambda: session.generate([wrong], 2),
+        lambda: session.generate([5], 2, stop_token_ids=[wrong]),
+        lambda: session.prefill([[5]], max_new_tokens=wrong),
+        lambda: session.prefill([[5]], [wrong]),
+        lambda: session.step([wrong]),
+        lambda: session.truncate(wrong),
+        lambda: session.warm_up(wrong),
+        lambda: batch.add([5], wrong),
+        lambda: batch.add([5], 2, logprobs=wrong),
+        lambda: batch.add([5], 2, policy=[wrong]),
+        lambda: batch.cancel(wrong),
+        lambda: fake_batch(slots=wrong),
+        lambda: fake_batch(max_seq_len=wrong),
+        lambda: fake_batch(join_early=wrong),
+    ):
+        with pytest.raises(InputError, match=r"\nNote: .+\nHint: "):
+            call()
+
+
 @pytest.mark.parametrize("three", NUMBERS, ids=kind)
 def test_numbers_of_any_kind(session, three) -> None:
     wanted = session.generate([5], 3)[0].tolist()
