@@ -35,6 +35,42 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def _damaged_graph(bundle: Bundle, name: str, reason: str) -> BundleError:
+    return BundleError(
+        "A graph of the bundle is damaged.",
+        note=f"{bundle.root / name}: {reason}.",
+        hint="Copy the whole bundle again, or export the model again.",
+    )
+
+
+def _neutral_graph(bundle: Bundle, kind: StepKind) -> Any:
+    """A step's neutral graph, an onnx.ModelProto, its weights left where they are.
+
+    Raises:
+        BundleError: it is none, or its inputs and outputs are not those that the manifest says.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    name = f"{kind.value}.onnx"
+    try:
+        model = onnx.load_model_from_string(bundle.graph(name))
+    except DecodeError:
+        raise _damaged_graph(bundle, name, "it is no ONNX model") from None
+    io = bundle.manifest.io(kind)
+    for specs, values in ((io.inputs, model.graph.input), (io.outputs, model.graph.output)):
+        found = {value.name: value.type.tensor_type for value in values}
+        for spec in specs:
+            dims = [dim.dim_param or dim.dim_value for dim in found[spec.name].shape.dim] if spec.name in found else []
+            if (
+                spec.name not in found
+                or found[spec.name].elem_type != BY_NAME[spec.dtype].onnx
+                or dims != [*spec.shape]
+            ):
+                raise _damaged_graph(bundle, name, f"{spec.name} is not {spec.dtype} {list(spec.shape)}")
+    return model
+
+
 def _check_addable(bundle: Bundle, targets: Sequence[str], options: ExportOptions) -> None:
     """Refuse targets that a bundle has already, or that cannot be made from what it has."""
     root, manifest = bundle.root, bundle.manifest
@@ -84,42 +120,6 @@ def _stage_the_rest(bundle: Bundle, targets: Sequence[str], staged: Path) -> dic
             (staged / VERIFY_NAME).unlink()
             del records[VERIFY_NAME]
     return records
-
-
-def _damaged_graph(bundle: Bundle, name: str, reason: str) -> BundleError:
-    return BundleError(
-        "A graph of the bundle is damaged.",
-        note=f"{bundle.root / name}: {reason}.",
-        hint="Copy the whole bundle again, or export the model again.",
-    )
-
-
-def _neutral_graph(bundle: Bundle, kind: StepKind) -> Any:
-    """A step's neutral graph, an onnx.ModelProto, its weights left where they are.
-
-    Raises:
-        BundleError: it is none, or its inputs and outputs are not those that the manifest says.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    name = f"{kind.value}.onnx"
-    try:
-        model = onnx.load_model_from_string(bundle.graph(name))
-    except DecodeError:
-        raise _damaged_graph(bundle, name, "it is no ONNX model") from None
-    io = bundle.manifest.io(kind)
-    for specs, values in ((io.inputs, model.graph.input), (io.outputs, model.graph.output)):
-        found = {value.name: value.type.tensor_type for value in values}
-        for spec in specs:
-            dims = [dim.dim_param or dim.dim_value for dim in found[spec.name].shape.dim] if spec.name in found else []
-            if (
-                spec.name not in found
-                or found[spec.name].elem_type != BY_NAME[spec.dtype].onnx
-                or dims != [*spec.shape]
-            ):
-                raise _damaged_graph(bundle, name, f"{spec.name} is not {spec.dtype} {list(spec.shape)}")
-    return model
 
 
 def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions | None = None) -> Bundle:
