@@ -166,7 +166,7 @@ _EXPERT_SIZES = {
 
 
 def complete_config(config: Any, reader: Any) -> None:
-    """Put into a file's config what it says of RoPE, windows, soft caps and the sizes of experts.
+    """Put into a file's config what it says of RoPE, windows, soft caps, the sizes of experts and LFM2's norms.
 
     Args:
         config: transformers', changed in place.
@@ -180,6 +180,9 @@ def complete_config(config: Any, reader: Any) -> None:
     size = fields.get("attention.key_length")
     if size is not None and getattr(config, "head_dim", size) != size:
         config.head_dim = int(size)
+    epsilon = fields.number("attention.layer_norm_rms_epsilon", 0)
+    if epsilon is not None and hasattr(config, "norm_eps"):  # as LFM2 calls it
+        config.norm_eps = epsilon
     if isinstance(getattr(config, "rope_parameters", None), dict):
         _complete_rope(config, fields, {tensor.name: tensor for tensor in reader.tensors})
     _complete_window(config, fields)

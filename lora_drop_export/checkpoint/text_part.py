@@ -22,6 +22,7 @@ SEEING = (
     "idefics3",
     "internvl",
     "janus",
+    "lfm2_vl",
     "lighton_ocr",
     "llava",
     "llava_next",

@@ -6,6 +6,8 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from lora_drop_runtime import Batch, Session
@@ -138,6 +140,45 @@ def test_graphs_of_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             assert_same_run(session, six().model, oracle_plan(bundle), prompts, 2)
         engine.prefill_chunk = 3
         assert_same_run(session, six().model, oracle_plan(bundle), PROMPTS, 2)
+
+
+def write_gguf(model: PreTrainedModel, path: Path) -> None:
+    """As llama.cpp's converter does: it tells layers apart by their numbers of K/V heads."""
+    config = model.config
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LFM2, config.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, "lfm2")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv([0 if kind == "conv" else config.num_key_value_heads for kind in config.layer_types])
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_shortconv_l_cache(config.conv_L_cache)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{n}" for n in range(config.vocab_size)])
+    writer.add_token_merges(["t 0"])
+    for name, tensor in model.named_parameters():
+        values = tensor.detach().numpy()
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        writer.add_tensor(stored, np.ascontiguousarray(values[:, 0] if values.ndim == 3 else values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf(tmp_path: Path) -> None:
+    """The epsilon of its norms, which transformers does not read of such a file, is large enough to matter."""
+    model = lfm2(tie_word_embeddings=True, conv_bias=False, norm_eps=0.5)
+    write_gguf(model, tmp_path / "m.gguf")
+    options = ["--drop-layers", "2", "--always-first", "0", "--always-last", "0", "--policy", "backfill"]
+    options += ["--max-seq-len", "32", "--threads", "1"]
+    assert main(["--model", str(tmp_path / "m.gguf"), "--out", str(tmp_path / "out"), *options]) == 0
+    with Session.open(tmp_path / "out", threads=1) as session:
+        assert_same_run(session, model, oracle.OraclePlan(("2",)), PROMPTS, 2)
 
 
 @pytest.mark.parametrize(("option", "size"), [("hidden_size", 72), ("conv_L_cache", 1)])

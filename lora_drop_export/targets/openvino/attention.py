@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import onnx_ir as ir
-from lora_drop_runtime.bundle.paged_io import BLOCK, DOMAIN, TABLES, cache_names, table_names
+from lora_drop_runtime.bundle.paged_io import BLOCK, DOMAIN, cache_names, table_names
 from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
@@ -51,10 +51,22 @@ def _cache(name: str, like: ir.Value | None) -> ir.Value:
     return ir.val(name, ir.DataType.FLOAT, ["blocks", heads, BLOCK, head_dim])
 
 
-def _tables(group: str) -> list[ir.Value]:
-    shapes: tuple[list[str], ...] = ([f"{group}.rows"], [f"{group}.ends"], [f"{group}.blocks"], [f"{group}.ends"], [])
-    assert len(shapes) == len(TABLES)
-    return [ir.val(name, ir.DataType.INT32, shape) for name, shape in zip(table_names(group), shapes, strict=True)]
+class _Tables:
+    """The tables of each group and window, made when first asked for."""
+
+    def __init__(self, graph: ir.Graph, plan: DropPlan) -> None:
+        self._graph, self._dropped = graph, set(plan.dropped_attentions)
+        self._made: dict[tuple[str, int], list[ir.Value]] = {}
+
+    def of(self, layer: int, window: int) -> list[ir.Value]:
+        group = "dropped" if layer in self._dropped else "kept"
+        if (group, window) not in self._made:
+            rows, ends = [f"{group}.rows"], [f"{group}.ends"]
+            shapes: tuple[list[str], ...] = (rows, ends, [f"{group}.{window}.blocks"], ends, [])
+            named = zip(table_names(group, window), shapes, strict=True)
+            self._made[group, window] = [ir.val(name, ir.DataType.INT32, shape) for name, shape in named]
+            self._graph.inputs.extend(self._made[group, window])
+        return self._made[group, window]
 
 
 def _not_capped(what: str, hint: str, layer: int, softcap: float) -> ModelError:
@@ -79,7 +91,8 @@ def _capped(ops: Ops, attended: ir.Value, softcap: float) -> ir.Value:
     return result
 
 
-def _lower_one(graph: ir.Graph, node: ir.Node, layer: int, tables: list[ir.Value], sinks: ir.Value | None) -> None:
+def _lower_one(graph: ir.Graph, node: ir.Node, layer: int, tables: _Tables, sinks: ir.Value | None) -> None:
+    window = mask_window(node)
     writes = [cache_write(value) for value in node.inputs[1:3]]
     caches = [_cache(name, write.inputs[0]) for name, (write, _, _) in zip(cache_names([layer]), writes, strict=True)]
     graph.inputs.extend(caches)
@@ -88,10 +101,10 @@ def _lower_one(graph: ir.Graph, node: ir.Node, layer: int, tables: list[ir.Value
     (heads_last,) = (use.node for use in node.outputs[0].uses())
     assert heads_last.op_type == "Transpose"
     heads, head_dim = (int(size) for size in list(heads_last.outputs[0].shape)[2:])  # type: ignore[arg-type]
-    scale, window = node.attributes["scale"].as_float(), mask_window(node)
+    scale = node.attributes["scale"].as_float()
     attended = ops(
         "PagedAttention",
-        *(query, key, value, *caches, *tables, *(() if sinks is None else (sinks,))),
+        *(query, key, value, *caches, *tables.of(layer, window), *(() if sinks is None else (sinks,))),
         domain=DOMAIN,
         scale=scale,
         window=window,
@@ -109,7 +122,7 @@ def _lower_one(graph: ir.Graph, node: ir.Node, layer: int, tables: list[ir.Value
     replace_node(graph, heads_last, ops, ops("Reshape", attended, ops.ints([1, -1, heads, head_dim])))
 
 
-def _lower_convolution(graph: ir.Graph, one: Convolution, tables: list[ir.Value]) -> None:
+def _lower_convolution(graph: ir.Graph, one: Convolution, groups: _Tables) -> None:
     """PagedAttention writes the caches, Earlier reads the few tokens before, Convolution mixes them with the new ones.
 
     The gate is in the place of the queries, two heads of them, and is made where they are. Of a dropped layer
@@ -132,6 +145,7 @@ def _lower_convolution(graph: ir.Graph, one: Convolution, tables: list[ir.Value]
         packed.type, packed.shape = x.type, ir.Shape(["tokens", size])
         rows.append(packed)
     size = int(one.taps.shape[2])  # type: ignore[index, arg-type]
+    tables = groups.of(one.layer, size)
     attended = ops("PagedAttention", *rows, *caches, *tables, domain=DOMAIN, scale=1.0, window=size, heads=2)
     attended.name = f"attended.{one.layer}"
     before = ir.node("Before", tables, {"count": size - 1}, domain=DOMAIN, num_outputs=2)  # one for all layers, by CSE
@@ -154,19 +168,15 @@ def lower_attention(graph: ir.Graph, plan: DropPlan, sinks: Mapping[ir.Node, ir.
     Args:
         sinks: of the attentions that have some.
     """
-    dropped = set(plan.dropped_attentions)
-    groups = {group: _tables(group) for group in ("kept", "dropped")}
-    for group, used in (("kept", len(dropped) < plan.num_layers), ("dropped", bool(dropped))):
-        if used:
-            graph.inputs.extend(groups[group])
+    tables = _Tables(graph, plan)
     for one in convolutions(graph):
-        _lower_convolution(graph, one, groups["dropped" if one.layer in dropped else "kept"])
+        _lower_convolution(graph, one, tables)
     for node in list(graph):
         if node.op_type != "Attention":
             continue
         past = cache_write(node.inputs[1])[0].inputs[0]
         layer = int(str(past.name).rpartition(".")[2])  # type: ignore[union-attr]
-        _lower_one(graph, node, layer, groups["dropped" if layer in dropped else "kept"], sinks.get(node))
+        _lower_one(graph, node, layer, tables, sinks.get(node))
 
 
 def rotate_tokens_first(graph: ir.Graph) -> None:

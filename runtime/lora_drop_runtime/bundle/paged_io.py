@@ -12,6 +12,8 @@ Enters: a drop plan. Leaves: names. The exporter declares the graph by them and 
     <group>.blocks            int32 [n]          the blocks of all rows, a row's in the order of its slots
     <group>.block_begins      int32 [b + 1]      where each row's blocks begin
     <group>.longest           int32 []           slots of the longest row after the step
+    <group>.<window>.<table>                     the same for layers with a sliding window, or a convolution as wide: of
+                                                 the last blocks alone, those that a row's new tokens can see into
     key_cache.i value_cache.i [blocks, H, 32, D] written in place; float32 here, what the engine computes in at run time
 
     logits                    float32 [1, R, V]
@@ -55,9 +57,13 @@ def paged_steps_name(sites: Iterable[str], surrogate: str, fills: bool) -> str:
     return f"steps; LoRA steps replace {','.join(sites) or 'nothing'} by {surrogate}{', and fill' if fills else ''}"
 
 
-def table_names(group: str) -> list[str]:
-    """The inputs with a group's tables, in the order of PagedAttention's inputs."""
-    return [f"{group}.{table}" for table in TABLES]
+def table_names(group: str, window: int = 0) -> list[str]:
+    """The inputs with a group's tables, in the order of PagedAttention's inputs.
+
+    Args:
+        window: of the layers that read them, in positions; 0 for none.
+    """
+    return [f"{group}.{window}.{table}" if window else f"{group}.{table}" for table in TABLES]
 
 
 def cache_names(layers: Iterable[int]) -> list[str]:

@@ -31,6 +31,18 @@ Table = tuple[int, int, list[int]]  # of a row in a call: valid entries, new one
 MOST_PADDED = 8  # tokens of a call that is brought to the width of others
 
 
+def _within(table: Table, window: int, size: int) -> Table:
+    """What is left of a row's table where blocks are left out that its new tokens do not see into.
+
+    Args:
+        window: of a token, in slots.
+        size: of a block.
+    """
+    past, count, own = table
+    first = max(0, past - window) // size
+    return past - first * size, count, own[first:]
+
+
 class RowBlocks:
     """A row's blocks, so many of kept and of dropped layers; given back when it goes.
 
@@ -261,6 +273,10 @@ class PagedSlots:
             chosen = [*chosen, Run(StepKind.REFRESH, [0] * padding, 0, 0)]
             for number, own in enumerate(self._spare_blocks()):
                 tables[number].append((0, padding if writes_dropped or not number else 0, own))
+        tables = [
+            [_within(one, window, self._size) for one in tables[number]] if window else tables[number]
+            for number, window in self._engine.table_groups
+        ]
         sizes = tuple(sum(len(own) for _, _, own in group) for group in tables)
         feed = self._steps.feed(kind, tokens + padding, sum(wanted), (len(order), len(chosen)), sizes)
         self._fill(feed, chosen, len(order), tables)

@@ -6,7 +6,7 @@ Enters: the tokens of the rows of a call, and their tables of blocks. Leaves: lo
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -32,6 +32,7 @@ from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.schedule import StepKind
 
 from .compiled import Compiled, Settings, compiled_model, said
+from .io_check import windows_of
 from .package import import_openvino
 from .pool import BlockPool
 
@@ -45,11 +46,19 @@ class Feed:
 
     Attributes:
         ids, positions: int64 [1, T]; index: int64 [R]; last: int64 [b]; states: float32 [sites, b, d].
-        tables: of each group past_lens [r], begins [r + 1], blocks [n], block_begins [r + 1] and longest [], int32.
+        tables: of each of the engine's groups past_lens [r], begins [r + 1], blocks [n], block_begins [r + 1] and
+            longest [], int32.
     """
 
     def __init__(
-        self, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: tuple[int, ...], states: Any
+        self,
+        kind: StepKind,
+        tokens: int,
+        wanted: int,
+        rows: tuple[int, int],
+        blocks: tuple[int, ...],
+        states: tuple[int, ...],
+        groups: Sequence[tuple[int, int]],
     ):
         with_state, with_tokens = rows
         self.ids, self.positions = np.zeros((1, tokens), np.int64), np.zeros((1, tokens), np.int64)
@@ -62,7 +71,7 @@ class Feed:
             ]
             for count in blocks
         ]
-        arrays = {
+        arrays: dict[str, Array] = {
             "input_ids": self.ids,
             POSITIONS: self.positions,
             "logits_index": self.index,
@@ -70,9 +79,9 @@ class Feed:
             PAST_STATES: self.states,
             LORA_STEP: np.array(kind is StepKind.LORA),
         }
-        for group, tables in zip(GROUPS, self.tables, strict=True):
-            arrays |= dict(zip(table_names(group), tables, strict=True))
-        self.arrays: dict[str, Array] = arrays
+        for (group, window), tables in zip(groups, self.tables, strict=True):
+            arrays |= dict(zip(table_names(GROUPS[group], window), tables, strict=True))
+        self.arrays = arrays
 
 
 class _Request:
@@ -87,10 +96,11 @@ class _Request:
         self._bound: Feed | None = None
 
     def feed(self, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: tuple[int, ...]) -> Feed:
-        """What a call of these sizes reads; rows with a state, and with tokens; `blocks` of each group."""
+        """What a call of these sizes reads; rows with a state, and with tokens; `blocks` of each of the groups."""
         key = (kind, tokens, wanted, rows, blocks)
         if key not in self._feeds:
-            feed = Feed(kind, tokens, wanted, rows, blocks, self._engine.states_shape(rows[0]))
+            engine = self._engine
+            feed = Feed(kind, tokens, wanted, rows, blocks, engine.states_shape(rows[0]), engine.table_groups)
             tensors = [
                 (self._compiled.inputs[name], self._ov.Tensor(array, shared_memory=True))
                 for name, array in feed.arrays.items()
@@ -210,6 +220,8 @@ class OpenVinoEngine:
         plan = bundle.manifest.plan
         layers = (plan.kept_attentions, plan.dropped_attentions)
         shapes = self.compiled.cache_shapes
+        windows = windows_of(bundle.manifest, self.compiled.inputs)
+        self.table_groups = [(number, window) for number, group in enumerate(GROUPS) for window in windows[group]]
         self.pools: list[BlockPool] = [
             BlockPool({name: shapes[name] for name in cache_names(own)}, self.compiled.memory_type, self.lock)
             for own in layers

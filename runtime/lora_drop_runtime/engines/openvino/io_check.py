@@ -41,22 +41,38 @@ def _shapes(ports: Any) -> dict[str, list[int | None]]:
     }
 
 
-def _wanted(manifest: Manifest) -> tuple[dict[str, list[int | None]], dict[str, list[int | None]]]:
+def windows_of(manifest: Manifest, names: Collection[str]) -> dict[str, list[int]]:
+    """The windows of each group's layers that have tables of their own, in order, 0 for those without a window.
+
+    Args:
+        names: of the graph's inputs: where it was lowered by an earlier version, all layers read one group's tables.
+    """
+    plan, found = manifest.plan, {}
+    for group, layers in zip(GROUPS, (plan.kept_attentions, plan.dropped_attentions), strict=True):
+        windows = {manifest.model.windows[layer] for layer in layers}
+        has_own = any(name in names for window in windows if window for name in table_names(group, window))
+        found[group] = sorted(windows) if has_own else [0] * bool(layers)
+    return found
+
+
+def _wanted(
+    manifest: Manifest, names: Collection[str]
+) -> tuple[dict[str, list[int | None]], dict[str, list[int | None]]]:
     """Names and fixed sizes of inputs and outputs; None for any size."""
     model, plan, heads = manifest.model, manifest.plan, manifest.model.heads
     layers = {"kept": plan.kept_attentions, "dropped": plan.dropped_attentions}
     inputs: dict[str, list[int | None]] = {"input_ids": [1, None], POSITIONS: [1, None], "logits_index": [None]}
     if plan.sites:
         inputs[LORA_STEP] = []
-    for group in GROUPS:
-        if layers[group]:
-            past_lens, begins, blocks, block_begins, longest = table_names(group)
+    for group, windows in windows_of(manifest, names).items():
+        for window in windows:
+            past_lens, begins, blocks, block_begins, longest = table_names(group, window)
             inputs[longest] = []
             for name in (past_lens, begins, blocks, block_begins):
                 inputs[name] = [None]
-            for layer in layers[group]:
-                cache: list[int | None] = [None, heads[layer].kv_heads, BLOCK, heads[layer].head_dim]
-                inputs |= dict.fromkeys(cache_names([layer]), cache)
+        for layer in layers[group]:
+            cache: list[int | None] = [None, heads[layer].kv_heads, BLOCK, heads[layer].head_dim]
+            inputs |= dict.fromkeys(cache_names([layer]), cache)
     outputs: dict[str, list[int | None]] = {"logits": [1, None, model.vocab_size]}
     if plan.has_state:
         inputs |= {PAST_STATES: [len(plan.states), None, model.hidden_size], LAST_TOKENS: [None]}
@@ -79,7 +95,8 @@ def check_io(model: Any, dtypes: Collection[str], manifest: Manifest, file: str)
     name = paged_steps_name(plan.sites, plan.surrogate, plan.refresh_policy.fills)
     if model.get_friendly_name() != name:
         raise _differs(f"{file} is called {model.get_friendly_name()!r:.200}, the manifest's plan needs {name!r:.200}.")
-    for wanted, found in zip(_wanted(manifest), (_shapes(model.inputs), _shapes(model.outputs)), strict=True):
+    ports = _shapes(model.inputs), _shapes(model.outputs)
+    for wanted, found in zip(_wanted(manifest, ports[0]), ports, strict=True):
         for port, shape in wanted.items():
             if port == POSITIONS and port not in found:  # the model makes no use of any
                 continue

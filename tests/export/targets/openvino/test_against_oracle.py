@@ -18,6 +18,7 @@ from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM, GraniteMoeHybr
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lora_drop_export.check.verify import compare
+from lora_drop_export.targets.openvino.attention import _Tables
 from tests.export.test_against_oracle import PROMPTS, assert_same_run, new_tokens
 from tests.export.test_halves import MIXED, six_layers
 from tests.support.bundles import (
@@ -104,6 +105,25 @@ def test_windows(policy, tmp_path):
     with Session.open(bundle.root, threads=1) as session:
         for prompts in (PROMPTS, LONG):
             assert_same_run(session, source.model, oracle_plan(bundle), prompts, 3)
+
+
+def test_graphs_without_tables_of_windows(tmp_path, monkeypatch):
+    """Such as bundles had: they run as they did, and layers with a window give the very same from their last blocks."""
+    source = traced_family("gemma3", gemma3(), "float32")
+    options = OPTIONS | {"always_first": 0, "always_last": 0, "policy": "backfill", "drop_layers": (0,)}
+    bundles = [make_bundle(source, tmp_path / "new", **options)]
+    of = _Tables.of
+    monkeypatch.setattr(_Tables, "of", lambda tables, layer, window: of(tables, layer, 0))
+    bundles.append(make_bundle(source, tmp_path / "old", **options))
+    logits, groups = [], []
+    for bundle in bundles:
+        engine = OpenVinoEngine(bundle, threads=1)
+        groups.append(engine.table_groups)
+        with Session(bundle, engine, PeriodicSchedule(2), "backfill") as session:
+            found = [session.prefill(np.array(LONG[:1]), max_new_tokens=60).copy()]
+            logits.append(found + [session.step([7]).copy() for _ in range(59)])
+    assert groups == [[(0, 0), (1, 5)], [(0, 0), (1, 0)]]
+    assert all(np.array_equal(*pair) for pair in zip(*logits, strict=True))
 
 
 def big_code() -> GPTBigCodeForCausalLM:

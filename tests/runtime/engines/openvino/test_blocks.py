@@ -24,6 +24,7 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
 from tests.support.bundles import first_layers, make_bundle
 from tests.support.decoding import padded
+from tests.support.models import GEMMA2_WINDOW
 
 from .test_engine import FOUR, MINUTES, MODEL, TARGETS, VOCAB, assert_near, both, follow, with_layers
 
@@ -502,19 +503,22 @@ def test_a_lora_step_that_fills_sees_the_block_that_it_writes_alone(
     """Nobody reads what dropped attentions make there. Refreshes read all that was filled, over three blocks, as on
     target ort."""
     bundle = make_bundle(first_layers(name, 4), tmp_path / "b", targets=TARGETS, policy="fill", max_batch=8, **FOUR)
-    tables: list[tuple[StepKind, int, int]] = []  # step, blocks of kept and of dropped layers
+    tables: list[tuple[StepKind, dict[tuple[int, int], int]]] = []  # step, blocks of each group
     plain = Steps.feed
 
     def feed(self: Steps, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: Any) -> Any:
-        tables.append((kind, *blocks))
+        tables.append((kind, dict(zip(self._engine.table_groups, blocks, strict=True))))
         return plain(self, kind, tokens, wanted, rows, blocks)
 
     monkeypatch.setattr(Steps, "feed", feed)
     sessions = both(bundle, policy="fill")
     follow(sessions, [text(29), text(63, 1)], np.array([text(2, seed) for seed in range(40)]), 3)
-    lora = [own for own in tables if own[0] is StepKind.LORA]
-    assert {dropped for _, _, dropped in lora} == {2}  # one of each row
-    assert max(kept for _, kept, _ in lora) == 3 + 4
-    assert max(dropped for kind, _, dropped in tables if kind is StepKind.REFRESH) == 3 + 4
+    lora = [own for kind, own in tables if kind is StepKind.LORA]
+    refreshes = [own for kind, own in tables if kind is StepKind.REFRESH]
+    dropped = (1, GEMMA2_WINDOW if name == "gemma2" else 0)  # the second layer's pool and window
+    assert {own[dropped] for own in lora} == {2}  # one of each row
+    assert max(own[0, 0] for own in lora) == 3 + 4
+    assert max(own[0, 0] for own in refreshes) == 3 + 4
+    assert max(own[dropped] for own in refreshes[1:]) == (3 + 4 if name == MODEL else 4)  # two of each row
     for session in sessions:
         session.close()
