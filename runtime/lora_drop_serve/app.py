@@ -30,6 +30,7 @@ from lora_drop_runtime.decoding.constraint import Constraint
 from lora_drop_runtime.decoding.opening import checked_policy
 from lora_drop_runtime.decoding.schedules import row_schedule
 from lora_drop_runtime.errors import InputError, LoraDropError, counted, one_line
+from lora_drop_runtime.grammars.call_styles import with_calls_in_texts
 from lora_drop_runtime.grammars.calls import Calls
 from lora_drop_runtime.grammars.grammar import Grammars
 from lora_drop_runtime.plan.drafting import AUTO, VerifiedSchedule
@@ -470,7 +471,7 @@ class Service:
         variables = _of_effort(body.effort, template, body.effort_field) | variables
         encode = functools.partial(
             self._codec.encode_chat,
-            messages,
+            with_calls_in_texts(messages, template),
             variables=variables,
             most_tokens=self.driver.max_prompt_len,
         )

@@ -10,7 +10,10 @@ The arguments are JSON, or written one by one (notations.py). A style that is ne
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.reasoning import CALL_HEADER
@@ -53,6 +56,14 @@ class CallStyle:
 
     def head_of(self, name: str) -> str:
         return name.join(self.head)
+
+    def written(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str | None:
+        """A section of calls of names and arguments; None where their arguments are not JSON, or have ids beside."""
+        if self.ids or not (self.notation is None or self.notation.in_json):
+            return None
+        as_text = json.dumps if self.notation is None else self.notation.written
+        each = (f"{self.head_of(name)}{as_text(given)}{self.tail}" for name, given in calls)
+        return f"{self.begin}{self.opening}{(self.between or '').join(each)}{self.closing}{self.end}"
 
 
 _ARGUMENTS = ('{"name": "', '", "arguments": ')
@@ -102,6 +113,20 @@ _MISTRAL = CallStyle(
     tail="}",
     between=", ",
     closing="]",
+)
+_PYTHON = CallStyle(
+    models="LFM2",
+    signs=("List of tools: ", "<|im_start|>"),
+    others=("<tool_call>",),
+    marks=("<|tool_call_start|>", "<|tool_call_end|>"),
+    begin="<|tool_call_start|>",
+    opening="[",
+    head=("", "("),
+    notation=Notation(key=("", "="), between=", ", in_json=True),
+    tail=")",
+    between=", ",
+    closing="]",
+    end="<|tool_call_end|>",
 )
 _MINISTRAL = CallStyle(
     models="Ministral 3",
@@ -191,6 +216,18 @@ STYLES = (
         marks=("<|tool_call|>",),
         begin="<|tool_call|>",
     ),
+    _PYTHON,
+    replace(
+        _PYTHON,
+        models="OLMo 3",
+        signs=("<function_calls>", "</functions>"),
+        marks=("<function_calls>", "</function_calls>"),
+        begin="<function_calls>",
+        opening="",
+        between="\n",
+        closing="",
+        end="</function_calls>",
+    ),
 )
 
 
@@ -209,3 +246,23 @@ def style_of(chat_template: str | None) -> CallStyle:
         note=f"Known are those of {', '.join(dict.fromkeys(style.models for style in STYLES))}.",
         hint="Leave the tools out, or describe them in a message and use a JSON schema.",
     )
+
+
+def with_calls_in_texts(messages: Sequence[Mapping[str, Any]], chat_template: str) -> Sequence[Mapping[str, Any]]:
+    """Messages for a template that leaves out the calls of earlier answers, as LFM2's does: they stand in the texts.
+
+    Args:
+        messages: whose calls have arguments as objects.
+    """
+    if "tool_calls" in chat_template or not any(message.get("tool_calls") for message in messages):
+        return messages
+    try:
+        style = style_of(chat_template)
+    except InputError:
+        return messages
+    found = []
+    for message in messages:
+        functions = [call["function"] for call in message.get("tool_calls") or ()]
+        text = style.written([(one["name"], one["arguments"]) for one in functions]) if functions else ""
+        found.append({**message, "content": f"{message.get('content') or ''}{text}"} if text else message)
+    return found

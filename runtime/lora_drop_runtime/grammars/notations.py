@@ -58,12 +58,19 @@ class Notation:
         between: a pair and the next one.
         quote: stands around texts, which may then be within lists and objects, whose keys have none. Where it is
             empty, a value is a text as it is, or JSON.
+        in_json: all values are JSON.
     """
 
     key: tuple[str, str]
     behind: str = ""
     between: str = ""
     quote: str = ""
+    in_json: bool = False
+
+    def written(self, arguments: Mapping[str, Any]) -> str:
+        """The pairs of an object whose values are JSON."""
+        values = (f"{name.join(self.key)}{json.dumps(one, ensure_ascii=False)}" for name, one in arguments.items())
+        return self.between.join(values)
 
 
 class _Rules:
@@ -153,6 +160,10 @@ class _Rules:
         key = json.dumps(schema, sort_keys=True)
         if key not in self._known:
             self._known[key] = self._next()
+            if self._notation.in_json and schema is not False:
+                value = self._new_json(schema if isinstance(schema, Mapping) else {})
+                self._rules.append(f"{self._known[key]}: {value}")
+                return self._known[key]
             found = list(self._cases.alternatives(schema))
             bodies = (self._quoted if self._notation.quote else self._plain)(found)
             if not bodies:
@@ -248,6 +259,15 @@ def _no_number(name: str) -> object:
     raise ValueError(name)
 
 
+def _json_value(text: str, place: int) -> tuple[str, int] | None:
+    """A JSON value that begins here, and where it ends."""
+    try:
+        _, end = json.JSONDecoder(parse_constant=_no_number).raw_decode(text, place)
+    except (ValueError, RecursionError):
+        return None
+    return text[place:end], end
+
+
 class Arguments:
     """The arguments of one tool.
 
@@ -302,6 +322,8 @@ class Arguments:
 
     def _read_value(self, text: str, place: int, schema: object, level: int) -> tuple[str, int] | None:
         quote, end = self._notation.quote, 0
+        if self._notation.in_json:
+            return _json_value(text, place)
         if not quote:
             end = text.find(self._notation.behind, place)
             return None if end < 0 else (self._text_or_json(text[place:end], schema), end)

@@ -13,6 +13,7 @@ from lora_drop_runtime import SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.constraint import Constraint
 from lora_drop_runtime.grammars import grammar
+from lora_drop_runtime.grammars.call_styles import with_calls_in_texts
 from lora_drop_runtime.grammars.calls import ToolCall
 from lora_drop_runtime.grammars.grammar import Grammars
 from lora_drop_runtime.grammars.tools import MOST_TOOLS, Tools
@@ -39,6 +40,8 @@ TEMPLATES = {
     "channels": "{{ tools }} {{ 'functions.' + name + '<|channel|>commentary json<|message|>' + arguments }}",
     "command": '<|START_ACTION|>[{"tool_call_id": "{{ i }}", "tool_name": "{{ name }}", "parameters": {{ given }}}]',
     "granite": "respond only with <|tool_call|> followed by a JSON list of tools used. {{ tools }}",
+    "lfm2": "<|im_start|>system\nList of tools: <|tool_list_start|>{{ tools }}<|tool_list_end|>",
+    "olmo": "<functions>{{ tools }}</functions> {{ '<function_calls>' + name + '(' + given + ')</function_calls>' }}",
 }
 BEGUN = {
     "hermes": "Well <tool_call>",
@@ -49,10 +52,11 @@ BEGUN = {
     "glm": "<tool_call>",
     "gemma": "Well <|tool_call>",
     "channels": "<|channel|>commentary to=functions.",
+    "lfm2": "Well <|tool_call_start|>",
 }
 # A style by what it lets a text do: sections of calls amid text; a list of calls, which ends it
 AMID = ["hermes", "ministral", "small", "xml", "seed", "glm", "glm47", "gemma"]
-LISTS = ["mistral", "nemo", "command", "granite"]
+LISTS = ["mistral", "nemo", "command", "granite", "lfm2", "olmo"]
 ALONE = ["llama", "channels"]  # one call
 WEATHER: dict[str, Any] = {
     "type": "object",
@@ -77,6 +81,8 @@ BEGINS = {
     "channels": "<|channel|>commentary to=functions.",
     "command": "<|START_ACTION|>",
     "granite": "<|tool_call|>",
+    "lfm2": "<|tool_call_start|>",
+    "olmo": "<function_calls>",
 }
 
 
@@ -94,7 +100,13 @@ def written(style: str, *calls: tuple[str, str]) -> str:
             "granite": ("<|tool_call|>[", ", ", "]"),
             "mistral": ("[TOOL_CALLS] [", ", ", "]"),
             "nemo": ("[TOOL_CALLS][", ", ", "]"),
+            "lfm2": ("<|tool_call_start|>[", ", ", "]<|tool_call_end|>"),
+            "olmo": ("<function_calls>", "\n", "</function_calls>"),
         }[style]
+        if style in ("lfm2", "olmo"):
+            values = [(name, json.loads(given).items()) for name, given in calls]
+            pairs = [(name, (f"{key}={json.dumps(value)}" for key, value in own)) for name, own in values]
+            return opening + between.join(f"{name}({', '.join(own)})" for name, own in pairs) + closing
         if style == "command":
             before, key = '"tool_call_id": "{n}", "tool_name"', "parameters"
         items = (f'{{{before.format(n=n)}: "{name}", "{key}": {given}}}' for n, (name, given) in enumerate(calls))
@@ -327,6 +339,22 @@ def test_tools_that_are_not_allowed_are_told_and_not_called(grammars: Grammars, 
     assert accepts(grammars, constraint_of(grammars, style, both), weather)
 
 
+@pytest.mark.parametrize("style", ["lfm2", "olmo", "hermes", "granite", "xml", "command"])
+def test_calls_that_a_template_leaves_out_stand_in_the_texts(style: str) -> None:
+    """As the model wrote them; but where arguments are no JSON or ids are needed, of which all templates take care."""
+    asked, answered = {"role": "user", "content": "Hi"}, {"role": "tool", "content": "Rain"}
+    functions = [{"name": "weather", "arguments": json.loads(ROME)}, {"name": "now", "arguments": {}}]
+    calls = [{"type": "function", "function": one} for one in functions[: 1 if style == "hermes" else 2]]
+    messages = [asked, {"role": "assistant", "content": "Well ", "tool_calls": calls}, answered]
+    _, told, _ = with_calls_in_texts(messages, TEMPLATES[style])
+    named = [(one["function"]["name"], json.dumps(one["function"]["arguments"])) for one in calls]
+    left_out = style in ("xml", "command")
+    assert told["content"] == ("Well " if left_out else f"Well {written(style, *named)}")
+    for template in (f"{TEMPLATES[style]} {{{{ message.tool_calls }}}}", "no style"):
+        assert with_calls_in_texts(messages, template) is messages
+    assert with_calls_in_texts([asked], TEMPLATES[style]) == [asked]
+
+
 @pytest.mark.parametrize("style", AMID)
 def test_a_single_call_ends_the_text(grammars: Grammars, style: str) -> None:
     constraint = constraint_of(grammars, style, "auto", parallel=False)
@@ -397,6 +425,8 @@ def test_a_message_to_a_function_is_bound(grammars: Grammars, header: str) -> No
         ("characters", "channels", "auto", "skip"),
         ("merges", "channels", "required", "lossless"),
         ("characters", "command", NOW, "skip"),
+        ("merges", "lfm2", "auto", "lossless"),
+        ("characters", "olmo", "required", "skip"),
     ],
     indirect=["bundle"],
 )
