@@ -1,4 +1,4 @@
-"""Short convolutions, as LFM2's: layers in whose place of an attention each channel is mixed over the last few tokens.
+"""Short convolutions, as LFM2's: in the place of an attention each channel is mixed over the last few tokens.
 
 Enters: transformers' model, whose attention is one of ours (attention_interface.py). Leaves: the same model, whose
 convolutions call that function, too, with a `ConvolutionCall`, and which gives their result [B, S, d] back.

@@ -14,6 +14,7 @@ from lora_drop_runtime import Batch, Session
 from lora_drop_runtime.engines.ort.engine import OrtEngine
 from lora_drop_runtime.errors import InputError, ModelError
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from lora_drop_tools.inspect import describe
 from transformers import Lfm2MoeConfig, Lfm2MoeForCausalLM, PreTrainedModel
 
 from lora_drop_export.check.verify import compare
@@ -67,6 +68,7 @@ def test_plan(policy: str, surrogate: str, sites: tuple[str, ...], tmp_path: Pat
     options = ANY | {"drop_layers": sites, "policy": policy, "surrogate": surrogate, "rank": 2, "k": 2}
     bundle = make_adapted_bundle(six(), tmp_path, targets=BOTH, **options)
     plan = oracle_plan(bundle, tmp_path / "adapters")
+    assert "d 64, 4/2 of 16 heads, convolutions over 3 tokens" in describe(bundle)[0]
     for target in BOTH:
         with Session.open(bundle.root, target=target, policy=policy, threads=1) as session:
             for prompts, k in ((PROMPTS, 2), (LONG, 3)):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.graph_io import Heads
 from lora_drop_runtime.bundle.manifest import CHANNEL, Manifest, ModelFacts
 from lora_drop_runtime.dtypes import short_name
 from lora_drop_runtime.errors import PlanError
@@ -80,11 +81,14 @@ def _targets(manifest: Manifest) -> list[str]:
 
 
 def _heads(model: ModelFacts) -> str:
-    """Query and K/V heads; where layers differ, with the values of a head as well."""
+    """Query and K/V heads; where layers differ, with the values of a head as well, and short convolutions."""
     if not model.layer_heads:
-        return f"{model.num_heads}/{model.kv_heads}"
-    kinds = dict.fromkeys(model.heads)
-    return " and ".join(f"{kind.num_heads}/{kind.kv_heads} of {kind.head_dim}" for kind in kinds)
+        return f"{model.num_heads}/{model.kv_heads} heads"
+    halves = Heads(1, 1, model.hidden_size // 2)  # as the caches of a convolution are told
+    taps = {window for one, window in zip(model.heads, model.windows, strict=True) if one == halves and window}
+    kinds = [kind for kind in dict.fromkeys(model.heads) if kind != halves or not taps]
+    heads = " and ".join(f"{kind.num_heads}/{kind.kv_heads} of {kind.head_dim}" for kind in kinds)
+    return f"{heads} heads" + "".join(f", convolutions over {tokens} tokens" for tokens in taps)
 
 
 def _experts(model: ModelFacts) -> list[str]:
@@ -189,7 +193,7 @@ def describe(bundle: Bundle) -> list[str]:
         adapters += f", none for {listed(plan.bare_sites)}"
     lines = [
         f"model        {model.name} ({model.model_type}, {model.num_layers} layers, d {model.hidden_size}, "
-        f"{_heads(model)} heads, {model.dtype}"
+        f"{_heads(model)}, {model.dtype}"
         f"{f', K/V {short_name(model.kv_dtype)}' if model.kv_dtype else ''})",
         *_experts(model),
         *_quantization(manifest),
