@@ -23,7 +23,15 @@ from lora_drop_export.targets.trt.build import EngineBuilder
 from tests.export.targets.trt.test_against_oracle import parse_alone
 from tests.export.test_against_oracle import PROMPTS, assert_same_run
 from tests.support import oracle
-from tests.support.bundles import Family, make_adapted_bundle, make_bundle, oracle_plan, traced_family, traced_model
+from tests.support.bundles import (
+    Family,
+    make_adapted_bundle,
+    make_bundle,
+    more_family,
+    oracle_plan,
+    traced_family,
+    traced_model,
+)
 from tests.support.models import FEW, build, lfm2, quartered
 
 BOTH = ("ort", "openvino")
@@ -35,7 +43,7 @@ ANY: dict[str, Any] = {"always_first": 0, "always_last": 0}
 @functools.cache
 def six() -> Family:
     """Convolutions with biases that are not zero, the first and the last layer among them."""
-    return traced_family("lfm2.six", lfm2(num_hidden_layers=6, layer_types=KINDS), "float32")
+    return traced_family("lfm2.six", lfm2(num_hidden_layers=6, layer_types=KINDS, conv_bias=True), "float32")
 
 
 def lfm2_moe() -> PreTrainedModel:
@@ -172,9 +180,11 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
     writer.close()
 
 
-def test_gguf(tmp_path: Path) -> None:
-    """The epsilon of its norms, which transformers does not read of such a file, is large enough to matter."""
-    model = lfm2(tie_word_embeddings=True, conv_bias=False, norm_eps=0.5)
+def test_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verified in PyTorch by the file's epsilon of the norms, which transformers does not read."""
+    source = more_family("lfm2")
+    model = source.model
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: source.traced)
     write_gguf(model, tmp_path / "m.gguf")
     options = ["--drop-layers", "2", "--always-first", "0", "--always-last", "0", "--policy", "backfill"]
     options += ["--max-seq-len", "32", "--threads", "1"]
