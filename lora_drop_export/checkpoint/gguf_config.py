@@ -181,7 +181,7 @@ def complete_config(config: Any, reader: Any) -> None:
     if size is not None and getattr(config, "head_dim", size) != size:
         config.head_dim = int(size)
     epsilon = fields.number("attention.layer_norm_rms_epsilon", 0)
-    if epsilon is not None and hasattr(config, "norm_eps"):  # as LFM2 calls it
+    if epsilon is not None and hasattr(config, "norm_eps"):  # LFM2's, which older versions do not read
         config.norm_eps = epsilon
     if isinstance(getattr(config, "rope_parameters", None), dict):
         _complete_rope(config, fields, {tensor.name: tensor for tensor in reader.tensors})

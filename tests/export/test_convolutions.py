@@ -181,7 +181,7 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
 
 
 def test_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Verified in PyTorch by the file's epsilon of the norms, which transformers does not read."""
+    """Verified in PyTorch by the file's epsilon of the norms, which older versions of transformers do not read."""
     source = more_family("lfm2")
     model = source.model
     monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: source.traced)

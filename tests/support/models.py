@@ -286,7 +286,7 @@ def gpt_oss() -> transformers.PreTrainedModel:
 def lfm2(**options: Any) -> transformers.PreTrainedModel:
     """Short convolutions in two of three layers, one of them the last; an epsilon of its norms that matters."""
     own = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "tie_word_embeddings": True}
-    own |= {"block_auto_adjust_ff_dim": False, "norm_eps": 0.1}
+    own |= {"block_auto_adjust_ff_dim": False, "norm_eps": 2.0}
     return build(transformers.Lfm2ForCausalLM, transformers.Lfm2Config, seed=67, **own | options)
 
 
