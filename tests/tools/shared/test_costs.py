@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -31,6 +32,16 @@ def test_equation_16_worked() -> None:
     assert costs.kv_saving(llama3_8b(), 3) == pytest.approx(0.875 * 0.5 * 0.75)
     assert f"{costs.kv_saving(llama3_8b(), 3):.1%}" == "32.8%"
     assert costs.kv_saving(llama3_8b(), 0) == 0
+
+
+def test_layers_with_a_window_read_no_more_than_it_has() -> None:
+    """Of 32 layers every second one sees 128 tokens: at 4095 before, 16 · 4096 + 16 · 128 entries of 4 KiB."""
+    manifest = llama3_8b(0.0)
+    windowed = replace(manifest, model=replace(manifest.model, windows=(0, 128) * 16))
+    (refresh, _), (less, _) = (costs.step_bytes(one, 4095, 4095) for one in (manifest, windowed))
+    assert refresh - less == 16 * (4096 - 128) * 4096
+    assert costs.step_bytes(manifest, 100, 100) == costs.step_bytes(windowed, 100, 100)
+    assert costs.kv_base_bytes(windowed, 4096) == costs.kv_base_bytes(manifest, 4096)  # which are stored
 
 
 def test_equation_12_worked() -> None:

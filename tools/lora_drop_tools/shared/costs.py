@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lora_drop_runtime.bundle.adapters import weight_shapes
-from lora_drop_runtime.bundle.manifest import CHANNEL, INTEGER_DTYPES, QUANTIZED_DTYPES, Manifest
+from lora_drop_runtime.bundle.manifest import CHANNEL, INTEGER_DTYPES, QUANTIZED_DTYPES, Manifest, ModelFacts
 from lora_drop_runtime.decoding.statistics import Cycle
 from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
@@ -189,6 +189,12 @@ def kv_saving(manifest: Manifest, k: int, policy: Policy = _SKIP) -> float:
     return dropped * (1 - policy.refresh_tokens(k) / (k + 1)) * policy.leaves_holes
 
 
+def _kv_read(model: ModelFacts, layers: Iterable[int], entries: int) -> int:
+    """Bytes of K and V that a token of one row reads in these layers; with a window not those before it."""
+    windows = model.windows
+    return sum(min(entries, windows[layer] or entries) * model.token_kv_bytes([layer]) for layer in layers)
+
+
 def step_bytes(
     manifest: Manifest, context: int, dropped_context: int, rows: int = 1, tokens: int = 1
 ) -> tuple[int, int]:
@@ -203,8 +209,8 @@ def step_bytes(
     refreshed, weights = (
         sum(model.read_bytes(i, rows * count) for i in range(model.num_layers)) for count in (tokens, 1)
     )
-    kept_kv = rows * (context + 1) * model.token_kv_bytes(plan.kept_attentions)
-    dropped_kv = rows * (dropped_context + 1) * model.token_kv_bytes(plan.dropped_attentions)
+    kept_kv = rows * _kv_read(model, plan.kept_attentions, context + 1)
+    dropped_kv = rows * _kv_read(model, plan.dropped_attentions, dropped_context + 1)
     written = rows * model.token_kv_bytes(plan.dropped_attentions) * plan.refresh_policy.fills
     adapters = surrogate_macs(manifest) * BY_NAME[model.dtype].size_bytes
     lora = outside + weights - dropped_weight_bytes(manifest, rows) + kept_kv + written + adapters
