@@ -328,7 +328,7 @@ def read_gguf(path: Path, reader: Any, model: Any, log: Callable[[str], None]) -
         tensor = GgufTensor(
             name=name,
             file=path,
-            shape=shapes[name] if stored.n_elements == math.prod(shapes[name]) else there,
+            shape=shapes[name],
             kind=stored.tensor_type,
             offset_bytes=int(stored.data_offset),
             stored_shape=tuple(stored.data.shape),
@@ -336,7 +336,11 @@ def read_gguf(path: Path, reader: Any, model: Any, log: Callable[[str], None]) -
             stored_name=stored.name,
             conversion=how,
         )
-        if _without_ones(there) != _without_ones(tensor.shape) and tensor._order is not None:
+        is_other = tensor._order is None and len(there) == 2 and 0 not in there  # that it does not fit `_whole` says
+        fits = stored.n_elements == math.prod(tensor.shape) and (
+            tensor._order is None or _without_ones(there) == _without_ones(tensor.shape)
+        )
+        if not fits and not is_other:
             tensor = replace(tensor, shape=there)  # it does not fit the model, which resolve_tensors says
         if stored.tensor_type not in kinds:
             tensor._dequantized(np.asarray(stored.data[:1]))  # refuses a format that it does not know

@@ -193,6 +193,16 @@ def test_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same_run(session, model, oracle.OraclePlan(("2",)), PROMPTS, 2)
 
 
+def test_gguf_of_another_width(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The refusal says the shape in the file and that of the model."""
+    model = lfm2(tie_word_embeddings=True, conv_bias=False)
+    model.config.conv_L_cache = 2
+    write_gguf(model, tmp_path / "m.gguf")
+    assert main(["--model", str(tmp_path / "m.gguf"), "--out", str(tmp_path / "out"), "--max-seq-len", "32"]) == 2
+    shapes = "blk.0.shortconv.conv.weight is (64, 1, 3), the model's model.layers.0.conv.conv.weight is (64, 1, 2)."
+    assert shapes in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("option", "size"), [("hidden_size", 72), ("conv_L_cache", 1)])
 def test_others_are_refused(option: str, size: int) -> None:
     with pytest.raises(ModelError, match="of another kind") as refused:
