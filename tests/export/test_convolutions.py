@@ -195,7 +195,7 @@ def test_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gguf_of_another_width(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The refusal says the shape in the file and that of the model."""
-    model = lfm2(tie_word_embeddings=True, conv_bias=False)
+    model = lfm2()
     model.config.conv_L_cache = 2
     write_gguf(model, tmp_path / "m.gguf")
     assert main(["--model", str(tmp_path / "m.gguf"), "--out", str(tmp_path / "out"), "--max-seq-len", "32"]) == 2
