@@ -336,12 +336,11 @@ def read_gguf(path: Path, reader: Any, model: Any, log: Callable[[str], None]) -
             stored_name=stored.name,
             conversion=how,
         )
-        is_other = tensor._order is None and len(there) == 2 and 0 not in there  # that it does not fit `_whole` says
-        fits = stored.n_elements == math.prod(tensor.shape) and (
-            tensor._order is None or _without_ones(there) == _without_ones(tensor.shape)
-        )
-        if not fits and not is_other:
-            tensor = replace(tensor, shape=there)  # it does not fit the model, which resolve_tensors says
+        if _without_ones(there) != _without_ones(tensor.shape):
+            may_differ = tensor._order is None  # it is made of the stored one as a whole, and `_whole` says what fits
+            is_said = len(there) == 2 and 0 not in there
+            if not may_differ or not (is_said or stored.n_elements == math.prod(tensor.shape)):
+                tensor = replace(tensor, shape=there)  # it does not fit the model, which resolve_tensors says
         if stored.tensor_type not in kinds:
             tensor._dequantized(np.asarray(stored.data[:1]))  # refuses a format that it does not know
             kinds.add(stored.tensor_type)
