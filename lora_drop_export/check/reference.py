@@ -71,9 +71,8 @@ def _attend(cache: _Cache, call: AttentionCall | ConvolutionCall) -> Any:
     import torch
 
     key, value = call.key, call.value
-    sequence = key.shape[2]
     if not cache.writes:
-        return torch.zeros_like(call.mixed(key, value, torch.eye(sequence, dtype=torch.bool)))
+        return call.mixed(key[:, :, :0], value[:, :, :0], torch.zeros(key.shape[2], 0, dtype=torch.bool))
     cache.largest = tuple(tensor.abs().amax((0, 2)).unsqueeze(1) for tensor in (key, value))
     if cache.scales is not None:
         key, value = (
@@ -91,10 +90,8 @@ def _attend(cache: _Cache, call: AttentionCall | ConvolutionCall) -> Any:
         seen = torch.arange(slots)[None] <= own
         if call.window:
             seen &= torch.arange(slots)[None] > own - call.window
-        mixed = call.only(row, new).mixed(keys, values, seen)[0]
-        padding = [0] * (2 * mixed.dim() - 1)
-        rows.append(torch.nn.functional.pad(mixed, [*padding, sequence - new]))
-    return torch.stack(rows)
+        rows.append(call.only(row, new).mixed(keys, values, seen)[0])
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # as many as the longest row has
 
 
 def _run(layer: Any, x: Any, call: tuple[Any, Any], middle: Any = None) -> tuple[Any, Any]:

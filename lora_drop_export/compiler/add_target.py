@@ -35,6 +35,53 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def _check_addable(bundle: Bundle, targets: Sequence[str], options: ExportOptions) -> None:
+    """Refuse targets that a bundle has already, or that cannot be made from what it has."""
+    root, manifest = bundle.root, bundle.manifest
+    present = [target for target in targets if target in manifest.targets]
+    if present and not options.force:
+        raise InputError(
+            "The bundle has that target already.",
+            note=f"{root} has {', '.join(manifest.targets)}; {', '.join(present)} was asked for.",
+            hint="Build it again with --force.",
+        )
+    if NO_TARGET in targets:
+        raise InputError("'none' is no target to add.", note="A bundle has its graphs already.", hint="Name another.")
+    for target in targets:
+        try:
+            TARGETS[target].check_dtype(manifest.model.dtype, manifest.model.weight_dtype, options)
+            if manifest.model.expert_bytes:
+                TARGETS[target].check_experts(manifest.model.dtype, (), ())
+        except (InputError, ModelError) as error:
+            hint = error.hint.replace("Use --dtype", "Export the model again with --dtype")  # a bundle's is fixed
+            raise type(error)(error.fact, note=error.note, hint=hint) from None
+    model, by_channel = manifest.model, manifest.quantization.get("block_size") == CHANNEL
+    check_formats(targets, model.weight_dtype, model.kv_dtype, model.dtype, root, by_channel=by_channel)
+    if manifest.model.kv_dtype is not None:
+        head_dims = frozenset(one.head_dim for one in manifest.model.heads)
+        fills, convolves = manifest.plan.refresh_policy.fills, bool(manifest.model.convolutions)
+        caches = Caches(manifest.model.kv_dtype, head_dims, fills, convolves)
+        for target in targets:
+            TARGETS[target].check_caches(caches, options)
+
+
+def _stage_the_rest(bundle: Bundle, targets: Sequence[str], staged: Path) -> dict[str, FileRecord]:
+    """Link or copy all of a bundle but these targets' files and what verify.json says of them; returns the records."""
+    records = {}
+    for name, record in bundle.manifest.files.items():
+        if not any(name.startswith(f"{target}/") for target in targets):
+            _link_or_copy(bundle.root / name, staged / name)
+            records[name] = record
+    if VERIFY_NAME in records:
+        details = verification_details(staged, targets)
+        if details:
+            records[VERIFY_NAME] = write_verification(staged, details)
+        else:
+            (staged / VERIFY_NAME).unlink()
+            del records[VERIFY_NAME]
+    return records
+
+
 def _damaged_graph(bundle: Bundle, name: str, reason: str) -> BundleError:
     return BundleError(
         "A graph of the bundle is damaged.",
@@ -69,57 +116,6 @@ def _neutral_graph(bundle: Bundle, kind: StepKind) -> Any:
             ):
                 raise _damaged_graph(bundle, name, f"{spec.name} is not {spec.dtype} {list(spec.shape)}")
     return model
-
-
-def _check_addable(bundle: Bundle, targets: Sequence[str], options: ExportOptions) -> None:
-    """Refuse targets that a bundle has already, or that cannot be made from what it has."""
-    root, manifest = bundle.root, bundle.manifest
-    present = [target for target in targets if target in manifest.targets]
-    if present and not options.force:
-        raise InputError(
-            "The bundle has that target already.",
-            note=f"{root} has {', '.join(manifest.targets)}; {', '.join(present)} was asked for.",
-            hint="Build it again with --force.",
-        )
-    if NO_TARGET in targets:
-        raise InputError("'none' is no target to add.", note="A bundle has its graphs already.", hint="Name another.")
-    for target in targets:
-        try:
-            TARGETS[target].check_dtype(manifest.model.dtype, manifest.model.weight_dtype, options)
-            if manifest.model.expert_bytes:
-                TARGETS[target].check_experts(manifest.model.dtype, (), ())
-        except (InputError, ModelError) as error:
-            hint = error.hint.replace("Use --dtype", "Export the model again with --dtype")  # a bundle's is fixed
-            raise type(error)(error.fact, note=error.note, hint=hint) from None
-    model, by_channel = manifest.model, manifest.quantization.get("block_size") == CHANNEL
-    check_formats(targets, model.weight_dtype, model.kv_dtype, model.dtype, root, by_channel=by_channel)
-    if manifest.model.kv_dtype is not None:
-        head_dims = frozenset(one.head_dim for one in manifest.model.heads)
-        import onnx_ir as ir
-
-        from lora_drop_export.graphs.convolutions import convolutions
-
-        convolves = bool(convolutions(ir.serde.deserialize_model(_neutral_graph(bundle, StepKind.REFRESH)).graph))
-        caches = Caches(manifest.model.kv_dtype, head_dims, manifest.plan.refresh_policy.fills, convolves)
-        for target in targets:
-            TARGETS[target].check_caches(caches, options)
-
-
-def _stage_the_rest(bundle: Bundle, targets: Sequence[str], staged: Path) -> dict[str, FileRecord]:
-    """Link or copy all of a bundle but these targets' files and what verify.json says of them; returns the records."""
-    records = {}
-    for name, record in bundle.manifest.files.items():
-        if not any(name.startswith(f"{target}/") for target in targets):
-            _link_or_copy(bundle.root / name, staged / name)
-            records[name] = record
-    if VERIFY_NAME in records:
-        details = verification_details(staged, targets)
-        if details:
-            records[VERIFY_NAME] = write_verification(staged, details)
-        else:
-            (staged / VERIFY_NAME).unlink()
-            del records[VERIFY_NAME]
-    return records
 
 
 def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions | None = None) -> Bundle:

@@ -38,9 +38,9 @@ def _features_of_config(config: Any) -> list[tuple[Any, str]]:
     """Whether it has each of the features, and how it is called."""
     text = config.get_text_config()
     types = getattr(text, "layer_types", None) or ()
-    short = {CONVOLUTION} if text.model_type in _SHORT_CONVOLUTIONS else set()
-    other = [t for t in types if "attention" not in t or any(word in t for word in _OTHER_ATTENTION)]
-    other = [t for t in other if t not in short]
+    known = [CONVOLUTION] if text.model_type in _SHORT_CONVOLUTIONS else []
+    unknown = [t for t in types if t not in known]
+    other = [t for t in unknown if "attention" not in t or any(word in t for word in _OTHER_ATTENTION)]
     alibi = getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False)
     return [
         (config.is_encoder_decoder, "an encoder (cross attention)"),

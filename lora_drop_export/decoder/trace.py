@@ -86,6 +86,18 @@ class _Calls:
     scales: list[tuple[float, float]] = field(default_factory=list)  # and softcaps
     keys: list[Any] = field(default_factory=list)
 
+    def note(
+        self, call: AttentionCall | ConvolutionCall, shape: tuple[int, int, int], scale: tuple[float, float], key: Any
+    ) -> int:
+        """One call; returns its layer."""
+        layer = int(call.module.layer_idx)
+        self.layers.append(layer)
+        self.windows.append(call.window)
+        self.shapes.append(shape)
+        self.scales.append(scale)
+        self.keys.append(key)
+        return layer
+
     @property
     def kv_sources(self) -> tuple[int, ...]:
         """Layers whose K another layer was called with."""
@@ -127,12 +139,7 @@ def _emit_convolution(call: ConvolutionCall, calls: _Calls) -> Any:
     """One CacheConvolution node in place of a convolution, and a note of it in `calls`."""
     import torch
 
-    layer = call.module.layer_idx
-    calls.layers.append(layer)
-    calls.windows.append(call.window)
-    calls.shapes.append((1, 1, call.key.shape[3]))
-    calls.scales.append((1.0, 0.0))
-    calls.keys.append(call.x)
+    layer = calls.note(call, (1, 1, call.key.shape[3]), (1.0, 0.0), call.x)
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::CacheConvolution",
         (call.x, call.gate, call.taps, *(() if call.bias is None else (call.bias,))),
@@ -150,12 +157,7 @@ def _emit_attention(call: AttentionCall | ConvolutionCall, calls: _Calls) -> Any
     if isinstance(call, ConvolutionCall):
         return _emit_convolution(call, calls)
     batch, heads, sequence, head_dim = call.query.shape
-    layer = call.module.layer_idx
-    calls.layers.append(layer)
-    calls.windows.append(call.window)
-    calls.shapes.append((heads, call.key.shape[1], head_dim))
-    calls.scales.append((call.scale, call.softcap))
-    calls.keys.append(call.key)
+    layer = calls.note(call, (heads, call.key.shape[1], head_dim), (call.scale, call.softcap), call.key)
     (output,) = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::CacheAttention",
         (call.query, call.key, call.value, *(() if call.sinks is None else (call.sinks,))),

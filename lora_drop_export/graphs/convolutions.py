@@ -10,7 +10,7 @@ The tokens before are read from the caches as they were: a step writes none of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from lora_drop_export.decoder.attention_interface import DOMAIN
 
+from .cache_entries import CacheEntries
 from .nodes import Ops
 
 _PREFIX = "convolution."  # begins the name of the node that joins earlier and new tokens; those of the sum and of what
@@ -30,37 +31,22 @@ def is_convolution(node: ir.Node) -> bool:
     return node.domain == DOMAIN and node.op_type == "CacheConvolution"
 
 
-def _earlier(
-    ops: Ops, pasts: Sequence[ir.Value], length: ir.Value, count: int, read: Callable[[Ops, ir.Value, int], ir.Value]
-) -> ir.Value:
+def _earlier(ops: Ops, caches: Sequence[CacheEntries], count: int) -> ir.Value:
     """What the caches hold of the `count` tokens before the new ones, [B, count, d]."""
     # Sub, not Add: sums of lengths are positions (targets/ort/packing.py)
-    places = ops("Sub", ops("Unsqueeze", length, ops.ints([1])), ops.ints([*range(count, 0, -1)]))  # [B, count]
+    length = ops("Unsqueeze", caches[0].length, ops.ints([1]))
+    places = ops("Sub", length, ops.ints([*range(count, 0, -1)]))  # [B, count]
     zero = ops.constant(np.array(0, np.int64))
     slots = ops("Unsqueeze", ops("Max", places, zero), ops.ints([2]))
     pairs = ops("Concat", ops("Mul", slots, zero), slots, axis=2)  # [B, count, 2]: the only head, the slot
-    halves = [read(ops, ops("GatherND", past, pairs, batch_dims=1), part) for part, past in enumerate(pasts)]
+    halves = [cache.read(ops, ops("GatherND", cache.past, pairs, batch_dims=1)) for cache in caches]
     known = ops("Unsqueeze", ops("GreaterOrEqual", places, zero), ops.ints([2]))
     tokens = ops("Concat", *halves, axis=2)
     return ops("Where", known, tokens, ops("CastLike", ops.constant(np.array(0, np.float32)), tokens))
 
 
-def expand_convolution(
-    graph: ir.Graph,
-    node: ir.Node,
-    pasts: Sequence[ir.Value],
-    length: ir.Value,
-    write: Callable[[Ops, ir.Value, int], tuple[ir.Value, ir.Value]],
-    read: Callable[[Ops, ir.Value, int], ir.Value],
-) -> list[ir.Value]:
-    """Put plain nodes in the place of one; returns what becomes of its two caches.
-
-    Args:
-        pasts: the caches, [B, 1, C, d/2].
-        length: of their valid slots, [B].
-        write: (new entries [B, 1, S, d/2], which cache) → the cache with them, and what they then are.
-        read: (entries of a cache, which one) → their values.
-    """
+def expand_convolution(graph: ir.Graph, node: ir.Node, caches: Sequence[CacheEntries]) -> list[ir.Value]:
+    """Put plain nodes in the place of one; returns what becomes of its two caches [B, 1, C, d/2]."""
     x, gate, taps, *bias = node.inputs
     assert x is not None
     assert taps is not None
@@ -68,18 +54,18 @@ def expand_convolution(
     layer, ops = node.attributes["layer"].as_int(), Ops()
     split = ir.node("Split", [x], {"axis": 2, "num_outputs": 2}, num_outputs=2)
     ops.nodes.append(split)
-    presents, new = [], []
-    for part, half in enumerate(split.outputs):
+    presents, rounded = [], []
+    for cache, half in zip(caches, split.outputs, strict=True):
         half.type, half.shape = x.type, ir.Shape([*x.shape[:2], width // 2])  # type: ignore[index]
-        entries = ops("Unsqueeze", half, ops.ints([1]))
-        entries.type = x.type
-        present, written = write(ops, entries, part)
+        values = ops("Unsqueeze", half, ops.ints([1]))
+        values.type = x.type
+        present, entries = cache.write(ops, values)
         presents.append(present)
-        new.append(half if written is entries else ops("Squeeze", written, ops.ints([1])))
-    rounded = any(one is not half for one, half in zip(new, split.outputs, strict=True))
-    tokens = ops("Concat", *new, axis=2) if rounded else x
+        if cache.scale is not None:
+            rounded.append(ops("Squeeze", cache.read(ops, entries), ops.ints([1])))
+    tokens = ops("Concat", *rounded, axis=2) if rounded else x
     tokens.type, tokens.shape = x.type, x.shape
-    both = ops("Concat", _earlier(ops, pasts, length, size - 1, read), tokens, axis=1)
+    both = ops("Concat", _earlier(ops, caches, size - 1), tokens, axis=1)
     ops.nodes[-1].name = f"{_PREFIX}{layer}"
     y = None
     for tap in range(size):

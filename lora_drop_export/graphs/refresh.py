@@ -22,7 +22,6 @@ import onnx
 import onnx_ir as ir
 from lora_drop_runtime.bundle.graph_io import CacheShape, graph_io
 from lora_drop_runtime.bundle.safetensors_file import Blocks, TensorPlace
-from lora_drop_runtime.dtypes import BY_NAME, CACHE_DTYPES
 from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
@@ -33,6 +32,7 @@ from lora_drop_export.decoder.attention_interface import DOMAIN
 from lora_drop_export.decoder.experts import is_mixture
 from lora_drop_export.decoder.trace import TracedModel
 
+from .cache_entries import CacheEntries
 from .convolutions import expand_convolution, is_convolution
 from .experts import expand_experts
 from .match import SYMMETRIC, ZERO_POINTS
@@ -98,49 +98,6 @@ class _Masks:
 
 
 _PARTS = ("key", "value")
-_LIMITS = {ir.DataType(BY_NAME[name].onnx): limits for name, limits in CACHE_DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class _Entries:
-    """How entries of a cache are read and written: as they are, or with a scale where they have 8 bits.
-
-    Attributes:
-        past: the cache, [B, Hkv, C, D].
-        length: its valid slots, [B].
-        activations: type of the values.
-        scale: float32 [Hkv, 1, D or 1]; None where entries are the values.
-    """
-
-    past: ir.Value
-    length: ir.Value
-    activations: ir.TypeProtocol | None
-    scale: ir.Value | None
-
-    def write(self, ops: Ops, values: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """(the cache after values [B, Hkv, S, D] are written, the entries that they are in it)."""
-        entries = values
-        if self.scale is not None:
-            kind, wide = self.past.dtype, ir.DataType.FLOAT
-            assert kind is not None
-            steps = ops("Div", values if values.dtype == wide else ops("Cast", values, to=int(wide)), self.scale)
-            if kind == ir.DataType.INT8:
-                steps = ops("Round", steps)
-            limits = (ops.constant(np.array(limit, np.float32)) for limit in _LIMITS[kind])
-            entries = ops("Cast", ops("Clip", steps, *limits), to=int(kind))
-        return ops("TensorScatter", self.past, entries, self.length, axis=2), entries
-
-    def read(self, ops: Ops, entries: ir.Value, shape: ir.Shape | None = None) -> ir.Value:
-        """The values that entries [.., D] have."""
-        if self.scale is None:
-            return entries
-        wide = ir.DataType.FLOAT
-        values = ops("Mul", ops("Cast", entries, to=int(wide)), self.scale)
-        values.shape, values.type = shape, ir.TensorType(wide)
-        if self.activations is not None and self.activations.dtype != wide:
-            values = ops("Cast", values, to=int(self.activations.dtype))
-            values.shape, values.type = shape, self.activations
-        return values
 
 
 def _entries(
@@ -150,31 +107,18 @@ def _entries(
     masks: _Masks,
     kv_scales: Mapping[str, TensorPlace],
     activations: ir.TypeProtocol | None,
-) -> list[_Entries]:
+) -> list[CacheEntries]:
     """Of a layer's K and V."""
     found = []
     for part in _PARTS:
         stored = kv_scales.get(f"kv_scales.{layer}.{part}")
         scale = None if stored is None else initializer(graph, f"kv_scales.{layer}.{part}", stored)
-        found.append(_Entries(inputs[f"past_{part}.{layer}"], masks.length(layer), activations, scale))
+        found.append(CacheEntries(inputs[f"past_{part}.{layer}"], masks.length(layer), activations, scale))
     return found
 
 
-def _expand_cache_convolution(graph: ir.Graph, node: ir.Node, caches: Sequence[_Entries], _: _Masks) -> list[ir.Value]:
-    """One CacheConvolution node becomes the cache writes and the sum; returns the presents."""
-
-    def write(ops: Ops, values: ir.Value, part: int) -> tuple[ir.Value, ir.Value]:
-        present, entries = caches[part].write(ops, values)
-        return present, caches[part].read(ops, entries)
-
-    def read(ops: Ops, entries: ir.Value, part: int) -> ir.Value:
-        return caches[part].read(ops, entries)
-
-    return expand_convolution(graph, node, [cache.past for cache in caches], caches[0].length, write, read)
-
-
 def _expand_cache_attention(
-    graph: ir.Graph, node: ir.Node, caches: Sequence[_Entries], masks: _Masks
+    graph: ir.Graph, node: ir.Node, caches: Sequence[CacheEntries], masks: _Masks
 ) -> list[ir.Value]:
     """One CacheAttention node becomes the cache writes and the attention; returns the presents."""
     layer = node.attributes["layer"].as_int()
@@ -345,8 +289,10 @@ def refresh_from_trace(
     for node in list(filter(_keeps_tokens, graph)):
         layer, (first, *_) = node.attributes["layer"].as_int(), node.outputs
         caches = _entries(graph, layer, inputs, masks, kv_scales or {}, first.type)
-        expand = _expand_cache_convolution if is_convolution(node) else _expand_cache_attention
-        made = expand(graph, node, caches, masks)
+        if is_convolution(node):
+            made = expand_convolution(graph, node, caches)
+        else:
+            made = _expand_cache_attention(graph, node, caches, masks)
         presents |= {f"present_{part}.{layer}": present for part, present in zip(_PARTS, made, strict=True)}
     for layer, middle in _streams_between_halves(graph, plan).items():
         middle.name = middle_name(layer)

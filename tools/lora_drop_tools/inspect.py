@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.graph_io import Heads
 from lora_drop_runtime.bundle.manifest import CHANNEL, Manifest, ModelFacts
 from lora_drop_runtime.dtypes import short_name
 from lora_drop_runtime.errors import PlanError
@@ -84,10 +83,10 @@ def _heads(model: ModelFacts) -> str:
     """Query and K/V heads; where layers differ, with the values of a head as well, and short convolutions."""
     if not model.layer_heads:
         return f"{model.num_heads}/{model.kv_heads} heads"
-    halves = Heads(1, 1, model.hidden_size // 2)  # as the caches of a convolution are told
-    taps = {window for one, window in zip(model.heads, model.windows, strict=True) if one == halves and window}
-    kinds = [kind for kind in dict.fromkeys(model.heads) if kind != halves or not taps]
+    convolutions = set(model.convolutions)
+    kinds = dict.fromkeys(kind for layer, kind in enumerate(model.heads) if layer not in convolutions)
     heads = " and ".join(f"{kind.num_heads}/{kind.kv_heads} of {kind.head_dim}" for kind in kinds)
+    taps = {model.windows[layer] for layer in convolutions}
     return f"{heads} heads" + "".join(f", convolutions over {tokens} tokens" for tokens in taps)
 
 

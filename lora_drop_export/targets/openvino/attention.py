@@ -130,9 +130,12 @@ def _lower_convolution(graph: ir.Graph, one: Convolution, groups: _Tables) -> No
     """
     x = one.join.inputs[1]
     assert x is not None
-    width = int(x.shape[2])  # type: ignore[index, arg-type]
-    shape = ir.Shape(["blocks", 1, BLOCK, width // 2])
-    caches = [ir.val(name, ir.DataType.FLOAT, shape) for name in cache_names([one.layer])]
+    width, size = int(x.shape[2]), int(one.taps.shape[2])  # type: ignore[index, arg-type]
+    pasts = {str(value.name): value for value in graph.inputs}
+    caches = [
+        _cache(name, pasts[f"past_{part}.{one.layer}"])
+        for name, part in zip(cache_names([one.layer]), ("key", "value"), strict=True)
+    ]
     graph.inputs.extend(caches)
     gate, ops = one.gated.inputs[0], Ops()
     split = ir.node("Split", [x], {"axis": 2, "num_outputs": 2}, num_outputs=2)
@@ -140,11 +143,10 @@ def _lower_convolution(graph: ir.Graph, one: Convolution, groups: _Tables) -> No
     for half in split.outputs:
         half.type, half.shape = x.type, ir.Shape([*x.shape[:2], width // 2])  # type: ignore[index]
     rows = []
-    for value, size in zip((gate, *split.outputs), (width, width // 2, width // 2), strict=True):
-        packed = ops("Reshape", value, ops.ints([-1, size]))
-        packed.type, packed.shape = x.type, ir.Shape(["tokens", size])
+    for value, columns in ((gate, width), *((half, width // 2) for half in split.outputs)):
+        packed = ops("Reshape", value, ops.ints([-1, columns]))
+        packed.type, packed.shape = x.type, ir.Shape(["tokens", columns])
         rows.append(packed)
-    size = int(one.taps.shape[2])  # type: ignore[index, arg-type]
     tables = groups.of(one.layer, size)
     attended = ops("PagedAttention", *rows, *caches, *tables, domain=DOMAIN, scale=1.0, window=size, heads=2)
     attended.name = f"attended.{one.layer}"

@@ -223,7 +223,7 @@ class TrtTarget:
             )
             raise InputError(
                 f"{what} cannot write {short} caches on {self.name}.",
-                note="What it keeps of a token, TensorRT's cache layer writes, which takes no entries of 8 bits.",
+                note="There TensorRT's own cache layer writes, which takes no entries of 8 bits.",
                 hint=f"{hint} --kv-dtype out.",
             )
         odd = [head_dim for head_dim in sorted(caches.head_dims) if head_dim % _QUANTIZED_HEAD]

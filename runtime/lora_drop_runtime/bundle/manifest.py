@@ -83,6 +83,13 @@ class ModelFacts:
         unread = (1 - self.expert_share) ** tokens
         return self.layer_bytes[layer] - round(self.expert_bytes[layer] * unread)
 
+    @property
+    def convolutions(self) -> tuple[int, ...]:
+        """Layers with a short convolution: their caches are halves of the stream, and they have a window."""
+        halves = Heads(1, 1, self.hidden_size // 2)
+        pairs = enumerate(zip(self.heads, self.windows, strict=True))
+        return tuple(layer for layer, (heads, window) in pairs if heads == halves and window)
+
     def token_kv_bytes(self, layers: Iterable[int]) -> int:
         """Bytes of one token's K and V in these layers."""
         heads = self.heads

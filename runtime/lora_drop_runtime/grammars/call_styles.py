@@ -10,7 +10,6 @@ The arguments are JSON, or written one by one (notations.py). A style that is ne
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.reasoning import CALL_HEADER
 
-from .notations import Notation
+from .notations import Notation, as_json
 
 ID = "#"
 
@@ -61,7 +60,7 @@ class CallStyle:
         """A section of calls of names and arguments; None where their arguments are not JSON, or have ids beside."""
         if self.ids or not (self.notation is None or self.notation.in_json):
             return None
-        as_text = json.dumps if self.notation is None else self.notation.written
+        as_text = as_json if self.notation is None else self.notation.written
         each = (f"{self.head_of(name)}{as_text(given)}{self.tail}" for name, given in calls)
         return f"{self.begin}{self.opening}{(self.between or '').join(each)}{self.closing}{self.end}"
 
@@ -114,18 +113,16 @@ _MISTRAL = CallStyle(
     between=", ",
     closing="]",
 )
-_PYTHON = CallStyle(
+_PYTHON = replace(
+    _MISTRAL,
     models="LFM2",
     signs=("List of tools: ", "<|im_start|>"),
     others=("<tool_call>",),
     marks=("<|tool_call_start|>", "<|tool_call_end|>"),
     begin="<|tool_call_start|>",
-    opening="[",
     head=("", "("),
     notation=Notation(key=("", "="), between=", ", in_json=True),
     tail=")",
-    between=", ",
-    closing="]",
     end="<|tool_call_end|>",
 )
 _MINISTRAL = CallStyle(

@@ -24,7 +24,7 @@ from lora_drop_runtime.reasoning import Thoughts
 
 from .call_styles import ID, CallStyle
 from .grammar import GrammarConstraint, Grammars, checked_schema
-from .notations import Arguments
+from .notations import Arguments, json_value
 
 AUTO, NONE, REQUIRED = "auto", "none", "required"
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -170,14 +170,6 @@ def _grammar(
     return "\n".join([*rules, *([f"CALL_ID: /{style.ids}/"] if style.ids else [])]) + "\n"
 
 
-def _end_of_object(text: str, begin: int) -> int | None:
-    """Where the JSON object ends that begins here; None where it does not."""
-    try:
-        return json.JSONDecoder().raw_decode(text, begin)[1] if text.startswith("{", begin) else None
-    except (ValueError, RecursionError):
-        return None
-
-
 class CallStream:
     """Text in, as it grows; what it says beside calls out, as soon as it cannot change, and calls as they end.
 
@@ -308,8 +300,7 @@ class Calls:
         arguments = self._arguments[name]
         if arguments is not None:
             return arguments.read(text, place)
-        end = _end_of_object(text, place)
-        return None if end is None else (text[place:end], end)
+        return json_value(text, place) if text.startswith("{", place) else None
 
     def _section(self, text: str, place: int) -> tuple[list[ToolCall], int] | None:
         """The calls of a section whose mark ends here, and where it ends; no calls where it does not, and None where no

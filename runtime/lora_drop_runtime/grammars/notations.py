@@ -48,6 +48,11 @@ _OF_LISTS = ("uniqueItems", "contains")
 Piece = Callable[[str], str]  # a text in Lark, some parts of which are special tokens
 
 
+def as_json(value: object) -> str:
+    """As chat templates write it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 @dataclass(frozen=True)
 class Notation:
     """How arguments are written.
@@ -69,8 +74,7 @@ class Notation:
 
     def written(self, arguments: Mapping[str, Any]) -> str:
         """The pairs of an object whose values are JSON."""
-        values = (f"{name.join(self.key)}{json.dumps(one, ensure_ascii=False)}" for name, one in arguments.items())
-        return self.between.join(values)
+        return self.between.join(f"{name.join(self.key)}{as_json(one)}" for name, one in arguments.items())
 
 
 class _Rules:
@@ -160,12 +164,11 @@ class _Rules:
         key = json.dumps(schema, sort_keys=True)
         if key not in self._known:
             self._known[key] = self._next()
-            if self._notation.in_json and schema is not False:
-                value = self._new_json(schema if isinstance(schema, Mapping) else {})
-                self._rules.append(f"{self._known[key]}: {value}")
-                return self._known[key]
-            found = list(self._cases.alternatives(schema))
-            bodies = (self._quoted if self._notation.quote else self._plain)(found)
+            if self._notation.in_json:
+                bodies = [] if schema is False else [self._new_json(schema if isinstance(schema, Mapping) else {})]
+            else:
+                found = list(self._cases.alternatives(schema))
+                bodies = (self._quoted if self._notation.quote else self._plain)(found)
             if not bodies:
                 raise refused("a parameter allows no value")
             self._rules.append(f"{self._known[key]}: " + " | ".join(dict.fromkeys(bodies)))
@@ -259,10 +262,10 @@ def _no_number(name: str) -> object:
     raise ValueError(name)
 
 
-def _json_value(text: str, place: int) -> tuple[str, int] | None:
-    """A JSON value that begins here, and where it ends."""
+def json_value(text: str, place: int) -> tuple[str, int] | None:
+    """The JSON value that begins here, and where it ends; None where none does."""
     try:
-        _, end = json.JSONDecoder(parse_constant=_no_number).raw_decode(text, place)
+        end = json.JSONDecoder(parse_constant=_no_number).raw_decode(text, place)[1]
     except (ValueError, RecursionError):
         return None
     return text[place:end], end
@@ -323,7 +326,7 @@ class Arguments:
     def _read_value(self, text: str, place: int, schema: object, level: int) -> tuple[str, int] | None:
         quote, end = self._notation.quote, 0
         if self._notation.in_json:
-            return _json_value(text, place)
+            return json_value(text, place)
         if not quote:
             end = text.find(self._notation.behind, place)
             return None if end < 0 else (self._text_or_json(text[place:end], schema), end)

@@ -353,6 +353,9 @@ def test_calls_that_a_template_leaves_out_stand_in_the_texts(style: str) -> None
     for template in (f"{TEMPLATES[style]} {{{{ message.tool_calls }}}}", "no style"):
         assert with_calls_in_texts(messages, template) is messages
     assert with_calls_in_texts([asked], TEMPLATES[style]) == [asked]
+    if not left_out:
+        functions[0]["arguments"]["city"] = "Köln"
+        assert "Köln" in with_calls_in_texts(messages, TEMPLATES[style])[1]["content"]
 
 
 @pytest.mark.parametrize("style", AMID)
