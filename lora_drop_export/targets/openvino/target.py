@@ -53,7 +53,7 @@ class OpenVinoTarget:
             raise ModelError(
                 f"Target {self.name} has no {caches.dtype} caches for short convolutions.",
                 note="What they keep of a token is read beside the attention, which alone knows their form.",
-                hint="Leave --kv-dtype out, or use --target ort.",
+                hint="Export without --kv-dtype, or use --target ort.",
             )
 
     def check_experts(self, dtype: str, formats: object, activations: object) -> None:
