@@ -39,9 +39,9 @@ def logits_of_window(engine: Engine, bundle: Bundle, ids: npt.NDArray[np.int64])
     """Logits of each token of ids [T] but the first, by refreshes over some tokens each: [n, V] valid until the next
     ones, T − 1 rows in all."""
     needed = engine.slots({"slots_kept": len(ids), "slots_dropped": len(ids)})
-    slots = slots_for(bundle, engine, 1, needed, several=False)
-    slots.admit(0, needed)
     chunk = min(_CHUNK, engine.prefill_chunk or _CHUNK)
+    slots = slots_for(bundle, engine, 1, needed, several=False, chunk=chunk)
+    slots.admit(0, needed, None)
     for begin in range(0, len(ids) - 1, chunk):
         run = Run(StepKind.REFRESH, ids[begin : begin + chunk].tolist(), begin, begin, each=True)
         slots.run(StepKind.REFRESH, [run], (0,), once=True)

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, ClassVar, Literal, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -149,6 +149,8 @@ class GenerateSettings:
     provider: str | None = provider_option()
     threads: int | None = threads_option()
 
+    forgets: ClassVar[bool] = True  # what no layer sees any more
+
     def __post_init__(self) -> None:
         check_options(self)
         if not self.temperature:
@@ -213,12 +215,15 @@ class GenerateSettings:
             target=self.target,
             provider=self.provider,
             threads=self.threads,
+            forget=self.forgets,
         )
 
 
 @dataclass(frozen=True)
 class ChatSettings(GenerateSettings):
-    """The same for `chat`, whose replies are longer."""
+    """The same for `chat`, whose replies are longer, and whose turns begin with those before."""
+
+    forgets = False
 
     max_new_tokens: int | None = option(
         None,

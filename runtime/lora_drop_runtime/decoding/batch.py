@@ -35,6 +35,7 @@ from .opening import checked_policy, open_bundle
 from .paged_slots import PagedSlots, prepare_for_several, slots_for
 from .prompts import prompt_rows
 from .row import Event, Row, RowOptions
+from .row_blocks import most_taken_back
 from .sampling import Ids, RowSampler, SamplingOptions
 from .schedules import named_schedule, row_schedule
 from .slots import Logits, Run, Slots
@@ -42,6 +43,7 @@ from .statistics import Statistics
 from .stream import Usage
 
 CHUNK = 128  # tokens of a prompt in one tick, beside rows that decode
+_USUAL_BACK = 32  # LoRA steps that refreshes of rows of any policy take back
 _WORTH_WAITING = 32  # tokens that another row's prompt is just running: fewer run anew with the rest
 
 
@@ -85,9 +87,10 @@ class Batch:
         several = self._policy.runs_several(self._schedule)
         if several:
             prepare_for_several(engine)
-        self._slots = slots_for(bundle, engine, self._count, most, several)
+        self._slots = slots_for(bundle, engine, self._count, most, several, self._chunk)
         self._most_bytes = checks.checked_cache_bytes(kv_cache_bytes, self._paged)
-        checks.check_block(self._slots.bytes_of(dict.fromkeys(self._capacity, 1)), self.row_bytes, self._most_bytes)
+        block = self._slots.bytes_of(dict.fromkeys(self._capacity, 1), None)
+        checks.check_block(block, self.row_bytes, self._most_bytes)
         keeps = checks.flag("keep_prefixes", keep_prefixes)
         self._prefixes = prefixes_for(engine, self._slots, self._count, self._bytes_of_all()) if keeps else None
         self._why_none_kept = "" if self._prefixes or not keeps else "; no prefixes are kept by this engine"
@@ -216,10 +219,13 @@ class Batch:
 
     @property
     def row_bytes(self) -> int:
-        """The most bytes of K/V that a row can need where caches are paged, whatever its policy."""
+        """The most bytes of K/V that a row can need where caches are paged, whatever its policy, and its k up to 32 or
+        the batch's."""
         self._check_open()
-        # Which has no more entries in dropped layers than in kept ones
-        return self._slots.bytes_of(dict.fromkeys(self._capacity, self._capacity["slots_kept"]))
+        back = most_taken_back(self._policy, self._schedule)
+        # No row has more entries in dropped layers than in kept ones
+        most = dict.fromkeys(self._capacity, self._capacity["slots_kept"])
+        return self._slots.bytes_of(most, None if back is None else max(back, _USUAL_BACK))
 
     @property
     def target(self) -> str:
@@ -328,8 +334,8 @@ class Batch:
         needed = self._dropped_slots(verifier, context, kept - context, chosen)
         if not self._paged:
             checks.check_fits(needed, self._capacity["slots_dropped"])
-        takes = {"slots_kept": kept, "slots_dropped": needed}
-        checks.check_pool(self._slots.bytes_of(takes), self._most_bytes)
+        takes, back = {"slots_kept": kept, "slots_dropped": needed}, most_taken_back(verifier, chosen)
+        checks.check_pool(self._slots.bytes_of(takes, back), self._most_bytes)
         stops = frozenset(checks.stop_ids(stop_token_ids, manifest.special_tokens.eos))
         likeliest = checks.checked_logprobs(logprobs)
         if scores and likeliest is None:
@@ -338,7 +344,7 @@ class Batch:
                 note="prompt_logprobs is True, logprobs is None.",
                 hint="Use for example logprobs=0.",
             )
-        options = RowOptions(new_tokens, verifier, chosen, source, stops, likeliest, scores, context, takes)
+        options = RowOptions(new_tokens, verifier, chosen, source, stops, likeliest, scores, context, takes, back)
         sampling = checks.checked_sampling(sampling, manifest.model.vocab_size)
         checks.check_constraint(constraint)
         (stream,) = np.random.SeedSequence(sampling.seed).spawn(1)
@@ -575,11 +581,11 @@ class Batch:
         return [row.exact for row in self._rows]
 
     def _admit(self, row: Row) -> None:
-        slot, slots = len(self._rows), row.options.slots
+        slot, slots, back = len(self._rows), row.options.slots, row.options.back
         if self._prefixes is None:
-            self._slots.admit(slot, slots)
+            self._slots.admit(slot, slots, back)
         else:
-            row.begin_behind(self._prefixes.begin(slot, slots, row.reusable, self._exact()))
+            row.begin_behind(self._prefixes.begin(slot, slots, back, row.reusable, self._exact()))
         self._rows.append(row)
         self._waiting.remove(row)
 
@@ -593,8 +599,10 @@ class Batch:
         if self._most_bytes is None:
             return True
         if isinstance(self._prefixes, PagedPrefixes):  # blocks that rows share count once
-            return self._prefixes.have_room([(row.options.slots, row.reusable) for row in new], self._exact())
-        return sum(self._slots.bytes_of(row.options.slots) for row in [*self._rows, *new]) <= self._most_bytes
+            needs = [(row.options.slots, row.options.back, row.reusable) for row in new]
+            return self._prefixes.have_room(needs, self._exact())
+        every = [row.options for row in [*self._rows, *new]]
+        return sum(self._slots.bytes_of(one.slots, one.back) for one in every) <= self._most_bytes
 
     def _next_kind(self) -> StepKind:
         """What the next tick runs."""

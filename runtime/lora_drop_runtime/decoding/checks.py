@@ -121,6 +121,14 @@ def lengths_that_stay(tokens: int | Sequence[int], lengths: Sequence[int]) -> li
     return [min(one, length) for one, length in zip(asked, lengths, strict=True)]
 
 
+def forgotten(row: int, length: int, tokens: int) -> InputError:
+    return InputError(
+        "Layers have forgotten what the tokens behind that many would see.",
+        note=f"Row {row} has {tokens} tokens, of which {length} would stay.",
+        hint="Open the session without forget=True; or begin a new request.",
+    )
+
+
 def interrupted_cycle() -> InputError:
     return InputError(
         "A cycle on the device was interrupted as it was begun.",

@@ -15,7 +15,8 @@ from typing import Generic, TypeVar
 
 from lora_drop_runtime.engines.engine import Engine
 
-from .paged_slots import PagedSlots, RowBlocks
+from .paged_slots import PagedSlots
+from .row_blocks import RowBlocks
 from .sampling import Ids
 from .slots import Slots
 
@@ -53,17 +54,22 @@ class Prefixes(ABC, Generic[Place]):
         count, source = 0, None
         for there, place in found + [(one.tokens, one) for one in self._kept]:
             same = common(there, tokens)
-            if same and same >= count:  # of those that have as many the one that was used last
+            # Of those that have as many the one that was used last
+            if same and same >= count and self._see_enough(place, same):
                 count, source = same, place
         return count, source
 
     @abstractmethod
-    def begin(self, slot: int, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> int:
+    def _see_enough(self, place: int | Kept[Place], count: int) -> bool:
+        """Whether what `longest` has found has all that tokens behind so many of it see."""
+
+    @abstractmethod
+    def begin(self, slot: int, slots: Mapping[str, int], back: int | None, tokens: Ids, running: Sequence[Ids]) -> int:
         """Admit a row, and take over what there is of its prompt.
 
         Args:
             slot: behind those of the rows that run.
-            slots: that it needs, {"slots_kept": n, "slots_dropped": m}.
+            slots, back: as of `PagedSlots.admit`.
             tokens: of its prompt that need not run.
 
         Returns:
@@ -78,12 +84,15 @@ class Prefixes(ABC, Generic[Place]):
         """
         if not len(tokens):
             return
-        again = next((one for one in self._kept if common(one.tokens, tokens) == len(tokens)), None)
+        count = len(tokens)
+        begin_so = [one for one in self._kept if common(one.tokens, tokens) == count]
+        again = next((one for one in begin_so if self._see_enough(one, count)), None)
         if again is not None:
             self._used(again)
         else:
             for one in [one for one in self._kept if common(one.tokens, tokens) == len(one.tokens)]:
-                self._drop(one)
+                if self._see_enough(slot, len(one.tokens)):
+                    self._drop(one)
             self._store(slot, tokens, rows)
 
     @abstractmethod
@@ -108,22 +117,30 @@ class PagedPrefixes(Prefixes[RowBlocks]):
     def __init__(self, slots: PagedSlots, most: int) -> None:
         super().__init__()
         self._slots, self._most = slots, most
+        slots.most_bytes = most
 
     def _blocks(self, source: int | Kept[RowBlocks] | None) -> Sequence[Sequence[int]]:
-        """Those of what `longest` has found, of kept and of dropped layers."""
+        """Those of what `longest` has found, of each pool."""
         if source is None:
-            return [], []
+            return [[] for _ in range(self._slots.pools)]
         return self._slots.blocks(source) if isinstance(source, int) else source.place.blocks
 
-    def have_room(self, new: Sequence[tuple[Mapping[str, int], Ids]], running: Sequence[Ids]) -> bool:
-        """Whether rows with so many slots and such tokens may begin, whatever has to go of rows that are over."""
+    def _see_enough(self, place: int | Kept[RowBlocks], count: int) -> bool:
+        return self._slots.see_enough(self._blocks(place), count, count)
+
+    def have_room(self, new: Sequence[tuple[Mapping[str, int], int | None, Ids]], running: Sequence[Ids]) -> bool:
+        """Whether rows may begin that need such slots and have such tokens, whatever has to go of rows that are over.
+
+        Args:
+            new: slots and back, as of `PagedSlots.admit`, and tokens.
+        """
         beside = []
-        for slots, tokens in new:
+        for slots, back, tokens in new:
             count, source = self.longest(tokens, running)
-            beside.append((slots, [own[: count // self._slots.block_slots] for own in self._blocks(source)]))
+            beside.append((slots, back, self._blocks(source), count))
         return self._slots.bytes_with(len(running), beside) <= self._most
 
-    def begin(self, slot: int, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> int:
+    def begin(self, slot: int, slots: Mapping[str, int], back: int | None, tokens: Ids, running: Sequence[Ids]) -> int:
         self._slots.release_behind(slot)  # of an admission that was interrupted
         count, source = self.longest(tokens, running)
         if isinstance(source, Kept):
@@ -131,16 +148,17 @@ class PagedPrefixes(Prefixes[RowBlocks]):
         full, rest = divmod(count, self._slots.block_slots)
         taken = self._slots.shared(self._blocks(source), count)
         try:
-            begun = [own[:full] for own in taken.blocks]
-            new = self._slots.bytes_of(slots) - self._slots.bytes_of(
-                dict.fromkeys(slots, full * self._slots.block_slots)
-            )
+            new = self._slots.bytes_of(slots, back, full)
             while self._slots.bytes_in_use + new > self._most and self._kept:
                 self._shorten(self._kept[0])
+            if self._slots.bytes_in_use + new > self._most:
+                self._slots.forget(slot)
+                taken.forget()
+            begun = [own[:full] for own in taken.blocks]
             if rest and self._slots.bytes_in_use + new > self._most:  # for a block that only this row still has
                 count, rest = count - rest, 0
                 taken.cut(full)
-            self._slots.admit(slot, slots, begun)
+            self._slots.admit(slot, slots, back, begun)
             if rest:
                 self._slots.copy_block(taken.blocks, slot, full)
         finally:
@@ -150,8 +168,9 @@ class PagedPrefixes(Prefixes[RowBlocks]):
     def _shorten(self, one: Kept[RowBlocks]) -> None:
         """By a block."""
         count = (len(one.tokens) - 1) // self._slots.block_slots
-        if count:
-            one.tokens = one.tokens[: count * self._slots.block_slots]
+        entries = count * self._slots.block_slots
+        if count and self._see_enough(one, entries):
+            one.tokens = one.tokens[:entries]
             one.place.cut(count)
         else:
             self._drop(one)
@@ -175,7 +194,10 @@ class SlotPrefixes(Prefixes[int]):
         super().__init__()
         self._slots, self._count = slots, count
 
-    def begin(self, slot: int, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> int:
+    def _see_enough(self, place: int | Kept[int], count: int) -> bool:
+        return True
+
+    def begin(self, slot: int, slots: Mapping[str, int], back: int | None, tokens: Ids, running: Sequence[Ids]) -> int:
         count, source = self.longest(tokens, running)
         place = source.place if isinstance(source, Kept) else slot if source is None else source
         there = next((one for one in self._kept if one.place == slot), None)

@@ -1,4 +1,4 @@
-"""The slots of some rows whose caches are paged: a table of blocks for each row and kind of layer.
+"""The slots of some rows whose caches are paged: a table of blocks for each row and pool of layers.
 
 Enters: for each row what it runs, and on which lengths. Leaves: logits. One call takes rows with any numbers of new
 tokens; the others are not in it. Rows may have blocks in common: one that is about to be written is copied first.
@@ -6,26 +6,19 @@ tokens; the others are not in it. Rows may have blocks in common: one that is ab
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
 import numpy as np
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.engines.engine import BindingEngine, Engine, Feed, PagedEngine, Pool
+from lora_drop_runtime.engines.engine import BindingEngine, Engine, Feed, PagedEngine
 from lora_drop_runtime.plan.schedule import StepKind
 
 from . import checks
+from .row_blocks import GONE, RowBlocks, first_seen, held
 from .sampling import Ids
 from .slots import Logits, Run, Slots, valid_kv_bytes
-
-
-def _give_back(pools: Sequence[Pool], blocks: Sequence[list[int]]) -> None:
-    for pool, own in zip(pools, blocks, strict=True):
-        while own:
-            pool.give_back([own.pop()])
-
 
 Table = tuple[int, int, list[int]]  # of a row in a call: valid entries, new ones, and the blocks that hold both
 MOST_PADDED = 8  # tokens of a call that is brought to the width of others
@@ -39,38 +32,8 @@ def _within(table: Table, window: int, size: int) -> Table:
         size: of a block.
     """
     past, count, own = table
-    first = max(0, past - window) // size
+    first = first_seen(past, window, size)
     return past - first * size, count, own[first:]
-
-
-class RowBlocks:
-    """A row's blocks, so many of kept and of dropped layers; given back when it goes.
-
-    Args:
-        shared: the first of them, which others have as well.
-    """
-
-    def __init__(self, engine: PagedEngine, counts: Sequence[int], shared: Sequence[Sequence[int]] = ((), ())) -> None:
-        self.blocks: list[list[int]] = [[] for _ in counts]
-        self._pools = list(engine.pools)
-        weakref.finalize(self, _give_back, self._pools, self.blocks)
-        try:
-            for pool, own, count, first in zip(engine.pools, self.blocks, counts, shared, strict=True):
-                own += pool.share(first)
-                own += pool.take(count - len(first))
-        except BaseException:
-            self.release()
-            raise
-
-    def cut(self, count: int) -> None:
-        """Give back all but the first so many of each kind."""
-        for pool, own in zip(self._pools, self.blocks, strict=True):
-            while len(own) > count:
-                pool.give_back([own.pop()])
-
-    def release(self) -> None:
-        """What an interrupt leaves of it goes with the row."""
-        _give_back(self._pools, self.blocks)
 
 
 class PagedSlots:
@@ -79,10 +42,16 @@ class PagedSlots:
     Args:
         count: the most rows.
         several: whether runs of several tokens of a row come between those of one.
+        chunk: the most tokens of a row in one run.
+
+    Attributes:
+        most_bytes: below which rows rather take new blocks than lay what they write into those that they do not need
+            any more, which others may begin with.
     """
 
-    def __init__(self, bundle: Bundle, engine: PagedEngine, count: int, several: bool) -> None:
+    def __init__(self, bundle: Bundle, engine: PagedEngine, count: int, several: bool, chunk: int) -> None:
         self._bundle, self._engine, self._count, self._several = bundle, engine, count, several
+        self._chunk, self.most_bytes = chunk, 0
         self._plan = bundle.manifest.plan
         assert engine.block_slots is not None
         self._size = engine.block_slots
@@ -101,23 +70,42 @@ class PagedSlots:
 
     # ── whose blocks ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def _counts(self, slots: Mapping[str, int]) -> list[tuple[Pool, int]]:
-        """Each pool, and how many of its blocks hold {"slots_kept": n, "slots_dropped": m}."""
-        counts = (-(-slots[name] // self._size) for name in ("slots_kept", "slots_dropped"))
-        return list(zip(self._engine.pools, counts, strict=True))
+    def _counts(self, slots: Mapping[str, int], back: int | None, begun: int = 0) -> list[int]:
+        """How many blocks of each pool a row needs of its own that has {"slots_kept": n, "slots_dropped": m}.
 
-    def bytes_of(self, slots: Mapping[str, int]) -> int:
-        """What a row's blocks take once they are all written."""
-        return sum(count * pool.block_bytes for pool, count in self._counts(slots))
+        Args:
+            back: how many entries before its end a run may begin; None where it forgets none.
+            begun: blocks that it begins with.
+        """
+        counts = []
+        for group, window in self._engine.table_groups:
+            count = max(0, -(-slots[("slots_kept", "slots_dropped")[group]] // self._size) - begun)
+            if window and back is not None:  # and no more than any run sees and writes
+                count = min(count, -(-(window + back + self._chunk) // self._size) + 1)
+            counts.append(count)
+        return counts
 
-    def admit(self, slot: int, slots: Mapping[str, int], shared: Sequence[Sequence[int]] = ((), ())) -> None:
+    def bytes_of(self, slots: Mapping[str, int], back: int | None, begun: int = 0) -> int:
+        """What a row's own blocks take once they are all written; arguments as of `_counts`."""
+        counts = self._counts(slots, back, begun)
+        return sum(count * pool.block_bytes for pool, count in zip(self._engine.pools, counts, strict=True))
+
+    def admit(
+        self,
+        slot: int,
+        slots: Mapping[str, int],
+        back: int | None,
+        shared: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         """Reserve what a row will need, {"slots_kept": n, "slots_dropped": m}: it never fails later.
 
         Args:
-            shared: blocks that it begins with, of kept and of dropped layers; nobody writes there any more.
+            back: how many entries before its end a run may begin; None where it forgets none.
+            shared: of each pool the blocks that it begins with; nobody writes there any more.
         """
         self.release(slot)
-        self._rows[slot] = RowBlocks(self._engine, [count for _, count in self._counts(slots)], shared)
+        begun = len(shared[0]) if shared else 0
+        self._rows[slot] = RowBlocks(self._engine, self._counts(slots, back, begun), shared, back)
 
     def release(self, slot: int) -> None:
         """A row is over."""
@@ -145,13 +133,12 @@ class PagedSlots:
         theirs, ours = other._rows[source], self._rows[target]
         assert theirs is not None
         assert ours is not None
-        size = self._size
-        for pool, valid, there, here in zip(
-            self._engine.pools, (kept, dropped), theirs.blocks, ours.blocks, strict=True
+        for pool, (group, _), there, here in zip(
+            self._engine.pools, self._engine.table_groups, theirs.blocks, ours.blocks, strict=True
         ):
-            shared = -(-valid // size)
-            pool.share(there[:shared])
-            pool.give_back(here[:shared])
+            shared = -(-(kept, dropped)[group] // self._size)
+            pool.share(held(there[:shared]))
+            pool.give_back(held(here[:shared]))
             here[:shared] = there[:shared]
         self._states[:, target] = other._states[:, source]
 
@@ -159,9 +146,9 @@ class PagedSlots:
         self, engine: PagedEngine, slots: Mapping[str, int], kept: Sequence[int], dropped: Sequence[int]
     ) -> PagedSlots:
         """As `Slots.fork`; blocks are shared until a row writes to them."""
-        new = PagedSlots(self._bundle, engine, self._count, self._several)
+        new = PagedSlots(self._bundle, engine, self._count, self._several, self._chunk)
         for row, valid in enumerate(zip(kept, dropped, strict=True)):
-            new.admit(row, slots)
+            new.admit(row, slots, self._row(row).back)
             new.copy(self, row, row, *valid)
         new._copied = np.array(self.logits())
         return new
@@ -174,45 +161,85 @@ class PagedSlots:
         return self._size
 
     @property
+    def pools(self) -> int:
+        """How many there are."""
+        return len(self._engine.pools)
+
+    @property
     def bytes_in_use(self) -> int:
         """Of all blocks that rows have or have left; not those of padding, which no bound of rows counts."""
         padding = self._spare is not None
         return sum((pool.in_use - padding) * pool.block_bytes for pool in self._engine.pools)
 
-    def blocks(self, slot: int) -> list[list[int]]:
-        """A row's blocks, of kept and of dropped layers."""
+    def _row(self, slot: int) -> RowBlocks:
         row = self._rows[slot]
         assert row is not None
-        return row.blocks
+        return row
+
+    def blocks(self, slot: int) -> list[list[int]]:
+        """A row's blocks of each pool."""
+        return self._row(slot).blocks
+
+    def _first_seen(self, kept: int, dropped: int) -> list[int]:
+        """Of each pool the place of the first block that a token behind so many entries sees into."""
+        return [first_seen((kept, dropped)[group], window, self._size) for group, window in self._engine.table_groups]
+
+    def see_enough(self, blocks: Sequence[Sequence[int]], kept: int, dropped: int) -> bool:
+        """Whether a row's blocks of each pool are all there that tokens behind so many entries see into."""
+        for own, first, (group, _) in zip(
+            blocks, self._first_seen(kept, dropped), self._engine.table_groups, strict=True
+        ):
+            if GONE in own[first : -(-(kept, dropped)[group] // self._size)]:
+                return False
+        return True
+
+    def goes_back(self, slot: int, kept: int, dropped: int) -> bool:
+        """Whether a row may go on behind so many of its entries."""
+        return self.see_enough(self.blocks(slot), kept, dropped)
 
     def shared(self, blocks: Sequence[Sequence[int]], entries: int) -> RowBlocks:
-        """The same blocks, as far as they hold so many entries of each kind, for another one who has them."""
-        first = [own[: -(-entries // self._size)] for own in blocks]
-        return RowBlocks(self._engine, [len(own) for own in first], first)
+        """The same blocks, as far as they hold so many entries, for another one who has them."""
+        found = RowBlocks(self._engine, [0] * len(blocks), [own[: -(-entries // self._size)] for own in blocks])
+        found.needed = self._first_seen(entries, entries)
+        return found
 
-    def bytes_with(self, rows: int, new: Sequence[tuple[Mapping[str, int], Sequence[Sequence[int]]]]) -> int:
-        """What so many rows take with some more, each of which needs slots and begins with shared blocks."""
-        own = [
-            [count - len(first) for (_, count), first in zip(self._counts(slots), shared, strict=True)]
-            for slots, shared in new
-        ]
+    def forget(self, rows: int) -> None:
+        """So many rows give back what they do not need any more."""
+        for slot in range(rows):
+            self._row(slot).forget()
+
+    def bytes_with(
+        self, rows: int, new: Sequence[tuple[Mapping[str, int], int | None, Sequence[Sequence[int]], int]]
+    ) -> int:
+        """What so many rows need with some more, each of which needs slots, has runs that begin before its end, and
+        begins with blocks of each pool, which hold so many entries."""
+        counts = [self._counts(slots, back, entries // self._size) for slots, back, _, entries in new]
         total = 0
         for number, pool in enumerate(self._engine.pools):
-            there = {block for row in self._rows[:rows] if row is not None for block in row.blocks[number]}
-            there = there.union(*(shared[number] for _, shared in new))
-            total += (len(there) + sum(counts[number] for counts in own)) * pool.block_bytes
+            taken = [row.taken(number) for row in self._rows[:rows] if row is not None]
+            there = set().union(*(blocks for blocks, _ in taken))
+            for _, _, shared, entries in new:
+                first = self._first_seen(entries, entries)[number]
+                there.update(held(shared[number][first : entries // self._size]))
+            own = sum(count for _, count in taken) + sum(count[number] for count in counts)
+            total += (len(there) + own) * pool.block_bytes
         return total
 
     def copy_block(self, source: Sequence[Sequence[int]], slot: int, place: int) -> None:
-        """Copy what is in a row's block of each kind, by its place among others, to a row's own."""
+        """Copy what is in a row's block of each pool, by its place among others, to a row's own."""
         for pool, there, here in zip(self._engine.pools, source, self.blocks(slot), strict=True):
             pool.copy(there[place], here[place])
 
-    def _own(self, pool: Pool, own: list[int], begin: int, end: int) -> list[int]:
-        """The blocks of the first `end` slots, at least one; those from `begin` on are about to be written, and are
-        copied where other rows have them as well."""
+    def _own(self, number: int, row: RowBlocks, begin: int, end: int) -> list[int]:
+        """A row's blocks of the first `end` slots of a pool, at least one; those from `begin` on are about to be
+        written, and are copied where other rows have them as well."""
+        pool, own, (_, window) = self._engine.pools[number], row.blocks[number], self._engine.table_groups[number]
         if end > begin:
+            if window and row.back is not None:
+                row.needed[number] = first_seen(begin - row.back, window, self._size)
             for place in range(begin // self._size, -(-end // self._size)):
+                if place >= len(own) or own[place] == GONE:
+                    row.have(number, place, self.bytes_in_use + pool.block_bytes <= self.most_bytes)
                 if pool.is_shared(own[place]):
                     own += pool.take(1)  # what an interrupt leaves of it goes with the row
                     pool.copy(own[place], own[-1])
@@ -231,13 +258,21 @@ class PagedSlots:
     def _allocated(self) -> int:
         found = 0
         for number, pool in enumerate(self._engine.pools):
-            blocks = {block for row in self._rows if row is not None for block in row.blocks[number]}
+            blocks = {block for row in self._rows if row is not None for block in held(row.blocks[number])}
             found += len(blocks) * pool.block_bytes
         return found
 
     def kv_bytes(self, kept: int, dropped: int) -> dict[str, int]:
-        """Bytes of so many valid entries in kept and in dropped layers, and of the blocks that the rows have."""
-        return valid_kv_bytes(self._bundle.manifest, kept, dropped) | {"allocated": self._allocated()}
+        """Bytes of so many valid entries in kept and in dropped layers, but for those that are forgotten, and of the
+        blocks that the rows have."""
+        model, plan = self._bundle.manifest.model, self._plan
+        found = valid_kv_bytes(self._bundle.manifest, kept, dropped)
+        for number, (group, window) in enumerate(self._engine.table_groups):
+            gone = sum(row.blocks[number].count(GONE) for row in self._rows if row is not None)
+            layers = (plan.kept_attentions, plan.dropped_attentions)[group]
+            own = [layer for layer in layers if model.windows[layer] == window]
+            found[("kept", "dropped")[group]] -= gone * self._size * model.token_kv_bytes(own)
+        return found | {"allocated": self._allocated()}
 
     # ── runs ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -257,26 +292,23 @@ class PagedSlots:
         writes_dropped = kind is StepKind.REFRESH or self._fills
         # Nobody reads what dropped attentions make of a LoRA step's zeros: they see the block that is written alone
         written_alone = self._fills and kind is StepKind.LORA
-        tables: list[list[Table]] = [[], []]  # of kept and of dropped layers
+        tables: list[list[Table]] = [[] for _ in self._engine.pools]
         for run, row in zip(chosen, rows, strict=True):
             assert row is not None
-            for number, (pool, past) in enumerate(zip(self._engine.pools, (run.kept, run.dropped), strict=True)):
-                count = len(run.tokens) if writes_dropped or not number else 0
-                own = self._own(pool, row.blocks[number], past, past + count)
-                if number and written_alone:
+            for number, (group, window) in enumerate(self._engine.table_groups):
+                past = (run.kept, run.dropped)[group]
+                count = len(run.tokens) if writes_dropped or not group else 0
+                own = self._own(number, row, past, past + count)
+                if group and written_alone:
                     own, past = own[past // self._size :], past % self._size
-                tables[number].append((past, count, own))
+                tables[number].append(_within((past, count, own), window, self._size))
         tokens = sum(len(run.tokens) for run in chosen)
         wanted = [run.wanted for run in chosen]
         padding = 0 if once else self._padding(tokens)
         if padding:
             chosen = [*chosen, Run(StepKind.REFRESH, [0] * padding, 0, 0)]
-            for number, own in enumerate(self._spare_blocks()):
-                tables[number].append((0, padding if writes_dropped or not number else 0, own))
-        tables = [
-            [_within(one, window, self._size) for one in tables[number]] if window else tables[number]
-            for number, window in self._engine.table_groups
-        ]
+            for table, (group, _), own in zip(tables, self._engine.table_groups, self._spare_blocks(), strict=True):
+                table.append((0, padding if writes_dropped or not group else 0, own))
         sizes = tuple(sum(len(own) for _, _, own in group) for group in tables)
         feed = self._steps.feed(kind, tokens + padding, sum(wanted), (len(order), len(chosen)), sizes)
         self._fill(feed, chosen, len(order), tables)
@@ -307,7 +339,7 @@ class PagedSlots:
     def _spare_blocks(self) -> list[list[int]]:
         """A block of each pool, which only padding writes."""
         if self._spare is None:
-            self._spare = RowBlocks(self._engine, [1, 1])
+            self._spare = RowBlocks(self._engine, [1] * len(self._engine.pools))
         return self._spare.blocks
 
     def _fill(self, feed: Feed, runs: Sequence[Run], rows: int, tables: Sequence[Sequence[Table]]) -> None:
@@ -383,14 +415,14 @@ def prepare_for_several(engine: Engine) -> None:
 
 
 def slots_for(
-    bundle: Bundle, engine: Engine, count: int, slots: Mapping[str, int], several: bool
+    bundle: Bundle, engine: Engine, count: int, slots: Mapping[str, int], several: bool, chunk: int
 ) -> Slots | PagedSlots:
     """Memory for so many rows, as the engine has it.
 
     Args:
         slots: the most of a row, {"slots_kept": n, "slots_dropped": m}.
-        several: whether runs of several tokens of a row come between those of one.
+        several, chunk: as of `PagedSlots`.
     """
     if engine.block_slots is None:
         return Slots(bundle, cast("BindingEngine", engine), count, slots)
-    return PagedSlots(bundle, cast("PagedEngine", engine), count, several)
+    return PagedSlots(bundle, cast("PagedEngine", engine), count, several, chunk)

@@ -21,6 +21,7 @@ from lora_drop_runtime.plan.schedule import Schedule, StepKind
 
 from .cycle import Cycle
 from .paged_slots import slots_for
+from .row_blocks import most_taken_back
 from .sampling import Ids, not_numbers
 from .slots import Logits, Run, Slots
 
@@ -66,6 +67,7 @@ class Request:
     Args:
         lengths: int64 [B], of the prompts.
         new_tokens: of each row.
+        forget: whether layers give up what they do not see any more, where they can.
 
     Attributes:
         tokens: that each row has in its caches, prompt and decoded.
@@ -76,7 +78,14 @@ class Request:
     """
 
     def __init__(
-        self, bundle: Bundle, engine: Engine, lengths: Ids, new_tokens: int, schedule: Schedule, policy: Policy
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        lengths: Ids,
+        new_tokens: int,
+        schedule: Schedule,
+        policy: Policy,
+        forget: bool = False,
     ) -> None:
         self.engine, self.schedule, self.policy = engine, schedule, policy
         self.batch, self.max_steps = len(lengths), new_tokens - 1
@@ -86,10 +95,11 @@ class Request:
             "slots_dropped": policy.dropped_slots(longest, self.max_steps, schedule),
         }
         self._capacities = engine.slots(needed)
-        self.slots = slots_for(bundle, engine, self.batch, self._capacities, policy.runs_several(schedule))
+        several = policy.runs_several(schedule)
+        self.slots = slots_for(bundle, engine, self.batch, self._capacities, several, self._chunk)
         self._all = range(self.batch)
         for row in self._all:
-            self.slots.admit(row, self._capacities)
+            self.slots.admit(row, self._capacities, most_taken_back(policy, schedule) if forget else None)
         self.tokens: list[list[int]] = [[] for _ in self._all]
         self.kept, self.dropped = [0] * self.batch, [0] * self.batch
         self._written = [Written() for _ in self._all]
@@ -296,11 +306,17 @@ class Request:
             return
         source, count = other._longest_prefix(tokens, [row] if in_place else other._all)
         kept, dropped = other.entries(source, count)
+        if not other.slots.goes_back(source, kept, dropped):
+            return
         if not in_place:
             self.slots.copy(other.slots, source, row, kept, dropped)  # type: ignore[arg-type]  # of one engine
         self.tokens[row] = other.tokens[source][:kept]
         self.kept[row], self.dropped[row] = kept, dropped
         self._written[row] = other._written[source].first(kept)
+
+    def goes_back(self, row: int, length: int) -> bool:
+        """Whether a row may be cut back to so many tokens: whether all is there that later ones see."""
+        return self.slots.goes_back(row, *self.entries(row, min(length, self.kept[row])))
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Cut each row back to so many tokens. The next step runs in full, and the schedule begins anew."""

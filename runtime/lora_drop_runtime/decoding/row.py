@@ -72,7 +72,8 @@ class RowOptions:
     `prompt_logprobs` the same of the prompt, whose first `context` tokens run as prompts do, and the others by the
     schedule.
 
-    `slots` are those that its caches need in all, {"slots_kept": n, "slots_dropped": m}.
+    `slots` are those that its caches need in all, {"slots_kept": n, "slots_dropped": m}; a run of it begins at most
+    `back` entries before its end, None where that is not known.
     """
 
     new_tokens: int
@@ -84,6 +85,7 @@ class RowOptions:
     prompt_logprobs: bool
     context: int
     slots: Mapping[str, int]
+    back: int | None
 
 
 def logprobs_of(token: int, logits: Logits, most: int) -> tuple[float, tuple[tuple[int, float], ...]]:

@@ -57,13 +57,21 @@ class Session:
     """
 
     def __init__(
-        self, bundle: Bundle, engine: Engine, schedule: Schedule, policy: str | None = None, draft: str | None = None
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        schedule: Schedule,
+        policy: str | None = None,
+        draft: str | None = None,
+        *,
+        forget: bool = False,
     ) -> None:
         self.bundle = bundle
         checks.check_name("The policy", policy, 'Use for example policy="skip".')
         self._policy = checked_policy(bundle, policy)
         self.schedule = scheduled(schedule, self._policy)
         self._source = self._draft_source(draft)
+        self._forgets = checks.flag("forget", forget)
         self._clock: Clock = time.perf_counter
         self._paces: dict[int, AutoPace] = {}  # by the number of rows
         self._warned = False
@@ -90,6 +98,7 @@ class Session:
         provider: str | None = None,
         threads: int | None = None,
         check: bool = False,
+        forget: bool = False,
     ) -> Session:
         """Open a bundle.
 
@@ -109,6 +118,9 @@ class Session:
             provider: of ONNX Runtime, `cpu` when None; with one it also runs the graphs of a TensorRT target.
             threads: of a step on the CPU, one per physical core when None.
             check: hash every file and compare it with the manifest; otherwise only sizes are looked at.
+            forget: where caches are paged (target openvino), layers with a sliding window and convolutions give up the
+                K/V of tokens that they do not see any more. `truncate` then goes back only as far as they see, and
+                `reuse_prefix` takes over nothing from a request that has gone on farther.
 
         Raises:
             BundleError: the bundle is damaged, or cannot run here; NoDeviceError where only the GPU is missing.
@@ -127,7 +139,7 @@ class Session:
             check=check,
         )
         try:
-            session = cls(opened.bundle, opened.engine, opened.schedule, opened.policy, draft)
+            session = cls(opened.bundle, opened.engine, opened.schedule, opened.policy, draft, forget=forget)
         except BaseException:
             opened.engine.close()
             raise
@@ -397,7 +409,7 @@ class Session:
         if self._request is not None and self._request.may_hold_nan():
             self._request.wipe()
         self._end_request(checks.ended_by_a_request)  # an interrupted prefill leaves no half request
-        request = Request(self.bundle, engine, lens, new_tokens, schedule, self._policy)
+        request = Request(self.bundle, engine, lens, new_tokens, schedule, self._policy, self._forgets)
         if before is not None:
             for row, length in enumerate(lens.tolist()):
                 request.take_over(before, row, ids[row, : length - 1].tolist())  # a token has to give the logits
@@ -446,14 +458,19 @@ class Session:
                 stays as it is.
 
         Raises:
-            InputError: no running request, a number below 1, or a stream is reading the request.
+            InputError: no running request, a number below 1, one that layers have forgotten what they need of, or a
+                stream is reading the request.
         """
         self._usage.enter()
         try:
             request = self._running()
             if self._is_streamed():
                 raise checks.read_by_a_stream()
-            request.truncate(checks.lengths_that_stay(tokens, [len(row) for row in request.tokens]))
+            lengths = checks.lengths_that_stay(tokens, [len(row) for row in request.tokens])
+            for row, length in enumerate(lengths):
+                if not request.goes_back(row, length):
+                    raise checks.forgotten(row, length, len(request.tokens[row]))
+            request.truncate(lengths)
             self._lossless = None
         finally:
             self._usage.leave()
@@ -473,7 +490,7 @@ class Session:
             if self._is_streamed():
                 raise checks.read_by_a_stream()
             beside = engine.beside()
-            new = Session(self.bundle, beside, self.schedule, self._policy.name)
+            new = Session(self.bundle, beside, self.schedule, self._policy.name, forget=self._forgets)
             new._source = self._source
             self._family.add(new)
             new._family = self._family

@@ -124,11 +124,15 @@ class Slots:
         allocated = sum(buffer.nbytes for buffer in self.buffers.caches.values())
         return valid_kv_bytes(self.buffers.bundle.manifest, kept, dropped) | {"allocated": allocated}
 
-    def bytes_of(self, slots: Mapping[str, int]) -> int:
+    def bytes_of(self, slots: Mapping[str, int], back: int | None) -> int:
         """What a row needs beside what is allocated: nothing."""
         return 0
 
-    def admit(self, slot: int, slots: Mapping[str, int]) -> None:
+    def goes_back(self, slot: int, kept: int, dropped: int) -> bool:
+        """Whether a row may go on behind so many of its entries."""
+        return True
+
+    def admit(self, slot: int, slots: Mapping[str, int], back: int | None) -> None:
         """A row begins; its memory is there."""
 
     def release(self, slot: int) -> None:

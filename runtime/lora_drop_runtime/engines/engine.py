@@ -258,7 +258,7 @@ class Feed(Protocol):
 
     Attributes:
         ids, positions: int64 [1, T]. index: int64 [R]. last: int64 [b]. states: float32 [sites, b, d].
-        tables: of each of the engine's groups past_lens [r], begins [r + 1], blocks [n], block_begins [r + 1] and
+        tables: of each of the engine's pools past_lens [r], begins [r + 1], blocks [n], block_begins [r + 1] and
             longest [], int32, of the rows that have tokens.
     """
 
@@ -274,7 +274,7 @@ class PagedSteps(Protocol):
     """Calls of one request, whose results stay until its next."""
 
     def feed(self, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: tuple[int, ...]) -> Feed:
-        """What a call reads of so many tokens in all, logits that are wanted, and blocks of each group.
+        """What a call reads of so many tokens in all, logits that are wanted, and blocks of each pool.
 
         Args:
             rows: those that have a state, and all that have tokens.
@@ -295,11 +295,12 @@ class PagedSteps(Protocol):
 
 
 class PagedEngine(Engine, Protocol):
-    """Has pools of blocks, of kept and of dropped layers; rows with any numbers of new tokens run in one call.
+    """Has pools of blocks, each of layers that have tables in common; rows with any numbers of new tokens run in one
+    call.
 
     Attributes:
-        table_groups: the layers that have tables in common: the number of their pool and their sliding window in
-            slots, which needs no blocks before it; 0 for none.
+        table_groups: of each pool 0 for kept layers or 1 for dropped ones, and their sliding window in slots, which
+            needs no blocks before it; 0 for none.
         pads_tokens: whether a call of up to eight tokens costs less than one of another number than the one before.
     """
 

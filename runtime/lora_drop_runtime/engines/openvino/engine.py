@@ -32,7 +32,7 @@ from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.schedule import StepKind
 
 from .compiled import Compiled, Settings, compiled_model, said
-from .io_check import windows_of
+from .io_check import layers_with_tables
 from .package import import_openvino
 from .pool import BlockPool
 
@@ -46,7 +46,7 @@ class Feed:
 
     Attributes:
         ids, positions: int64 [1, T]; index: int64 [R]; last: int64 [b]; states: float32 [sites, b, d].
-        tables: of each of the engine's groups past_lens [r], begins [r + 1], blocks [n], block_begins [r + 1] and
+        tables: of each of the engine's pools past_lens [r], begins [r + 1], blocks [n], block_begins [r + 1] and
             longest [], int32.
     """
 
@@ -91,12 +91,12 @@ class _Request:
         self._engine, self._compiled = engine, compiled
         self._ov = import_openvino()
         self._request = self._compiled.model.create_infer_request()
-        self._versions = [-1] * len(GROUPS)
+        self._versions = [-1] * len(engine.pools)
         self._feeds: dict[tuple[Any, ...], tuple[Feed, list[tuple[int, Any]]]] = {}
         self._bound: Feed | None = None
 
     def feed(self, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: tuple[int, ...]) -> Feed:
-        """What a call of these sizes reads; rows with a state, and with tokens; `blocks` of each of the groups."""
+        """What a call of these sizes reads; rows with a state, and with tokens; `blocks` of each of the pools."""
         key = (kind, tokens, wanted, rows, blocks)
         if key not in self._feeds:
             engine = self._engine
@@ -217,14 +217,12 @@ class OpenVinoEngine:
         self.wide: Compiled | None = None  # for calls of several tokens of a row
         self.calls_of_several = 0  # in requests where such calls come between others
         self.lock = threading.RLock()
-        plan = bundle.manifest.plan
-        layers = (plan.kept_attentions, plan.dropped_attentions)
         shapes = self.compiled.cache_shapes
-        windows = windows_of(bundle.manifest, self.compiled.inputs)
-        self.table_groups = [(number, window) for number, group in enumerate(GROUPS) for window in windows[group]]
+        groups = layers_with_tables(bundle.manifest, self.compiled.inputs)
+        self.table_groups = [(GROUPS.index(group), window) for group, window in groups]
         self.pools: list[BlockPool] = [
             BlockPool({name: shapes[name] for name in cache_names(own)}, self.compiled.memory_type, self.lock)
-            for own in layers
+            for own in groups.values()
         ]
 
     def states_shape(self, rows: int) -> tuple[int, int, int]:

@@ -41,17 +41,19 @@ def _shapes(ports: Any) -> dict[str, list[int | None]]:
     }
 
 
-def windows_of(manifest: Manifest, names: Collection[str]) -> dict[str, list[int]]:
-    """The windows of each group's layers that have tables of their own, in order, 0 for those without a window.
+def layers_with_tables(manifest: Manifest, names: Collection[str]) -> dict[tuple[str, int], list[int]]:
+    """The layers that have tables in common, by group and window, 0 for those without one; in order.
 
     Args:
         names: of the graph's inputs: where it was lowered by an earlier version, all layers read one group's tables.
     """
-    plan, found = manifest.plan, {}
+    plan, found = manifest.plan, dict[tuple[str, int], list[int]]()
     for group, layers in zip(GROUPS, (plan.kept_attentions, plan.dropped_attentions), strict=True):
-        windows = {manifest.model.windows[layer] for layer in layers}
-        has_own = any(name in names for window in windows if window for name in table_names(group, window))
-        found[group] = sorted(windows) if has_own else [0] * bool(layers)
+        of = {layer: manifest.model.windows[layer] for layer in layers}
+        if not any(name in names for window in of.values() if window for name in table_names(group, window)):
+            of = dict.fromkeys(layers, 0)
+        for window in sorted(set(of.values())):
+            found[group, window] = [layer for layer in layers if of[layer] == window]
     return found
 
 
@@ -60,17 +62,15 @@ def _wanted(
 ) -> tuple[dict[str, list[int | None]], dict[str, list[int | None]]]:
     """Names and fixed sizes of inputs and outputs; None for any size."""
     model, plan, heads = manifest.model, manifest.plan, manifest.model.heads
-    layers = {"kept": plan.kept_attentions, "dropped": plan.dropped_attentions}
     inputs: dict[str, list[int | None]] = {"input_ids": [1, None], POSITIONS: [1, None], "logits_index": [None]}
     if plan.sites:
         inputs[LORA_STEP] = []
-    for group, windows in windows_of(manifest, names).items():
-        for window in windows:
-            past_lens, begins, blocks, block_begins, longest = table_names(group, window)
-            inputs[longest] = []
-            for name in (past_lens, begins, blocks, block_begins):
-                inputs[name] = [None]
-        for layer in layers[group]:
+    for (group, window), layers in layers_with_tables(manifest, names).items():
+        past_lens, begins, blocks, block_begins, longest = table_names(group, window)
+        inputs[longest] = []
+        for name in (past_lens, begins, blocks, block_begins):
+            inputs[name] = [None]
+        for layer in layers:
             cache: list[int | None] = [None, heads[layer].kv_heads, BLOCK, heads[layer].head_dim]
             inputs |= dict.fromkeys(cache_names([layer]), cache)
     outputs: dict[str, list[int | None]] = {"logits": [1, None, model.vocab_size]}
