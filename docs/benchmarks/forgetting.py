@@ -21,7 +21,7 @@ def main() -> None:
             for tokens in map(int, options.contexts.split(",")):
                 session.prefill(np.ones((1, tokens), np.int64), max_new_tokens=33)
                 for _ in range(32):
-                    session.step([1])
+                    session.step(np.array([1]))
                 mebibytes = session.kv_bytes()["allocated"] / 2**20
                 print(f"forget={forget}, {tokens} tokens and 32 more: {mebibytes:.1f} MiB", flush=True)
 

@@ -66,9 +66,9 @@ def tick(bundle: Bundle, target: str | None, threads: int | None, repeats: int) 
     engine = open_engine(bundle, target, None, threads)
     room = CONTEXT + 2 * CHUNK
     needed = {"slots_kept": room, "slots_dropped": room}
-    slots = slots_for(bundle, engine, ROWS, needed, several=True)
+    slots = slots_for(bundle, engine, ROWS, needed, several=True, chunk=CHUNK + ROWS)
     for row in range(ROWS):
-        slots.admit(row, needed)
+        slots.admit(row, needed, None)
     tokens = [1] * (CHUNK + ROWS - 1)
     mixed = [Run(StepKind.REFRESH, [1], CONTEXT, CONTEXT) for _ in range(ROWS - 1)]
     mixed.append(Run(StepKind.REFRESH, tokens[:CHUNK], CONTEXT, CONTEXT))
