@@ -134,11 +134,12 @@ class PagedPrefixes(Prefixes[RowBlocks]):
         Args:
             new: slots and back, as of `PagedSlots.admit`, and tokens.
         """
-        beside = []
+        beside, alone = [], []
         for slots, back, tokens in new:
             count, source = self.longest(tokens, running)
             beside.append((slots, back, self._blocks(source), count))
-        return self._slots.bytes_with(len(running), beside) <= self._most
+            alone.append((slots, back, self._blocks(None), 0))
+        return any(self._slots.bytes_with(len(running), one) <= self._most for one in (beside, alone))
 
     def begin(self, slot: int, slots: Mapping[str, int], back: int | None, tokens: Ids, running: Sequence[Ids]) -> int:
         self._slots.release_behind(slot)  # of an admission that was interrupted
@@ -154,10 +155,13 @@ class PagedPrefixes(Prefixes[RowBlocks]):
             if self._slots.bytes_in_use + new > self._most:
                 self._slots.forget(slot)
                 taken.forget()
-            begun = [own[:full] for own in taken.blocks]
             if rest and self._slots.bytes_in_use + new > self._most:  # for a block that only this row still has
                 count, rest = count - rest, 0
                 taken.cut(full)
+            if self._slots.bytes_in_use + new > self._most:  # for what it sees of others beside blocks of its own
+                count = full = 0
+                taken.cut(full)
+            begun = [own[:full] for own in taken.blocks]
             self._slots.admit(slot, slots, back, begun)
             if rest:
                 self._slots.copy_block(taken.blocks, slot, full)
