@@ -138,6 +138,12 @@ def _predictions(manifest: Manifest) -> list[str]:
         f"  Eq. 10: {'–' if looks_up else most}; Eq. 16, K/V of generated tokens saved: {_kv_savings(manifest)}",
         f"  Eq. 11: one token in {k + 1} takes a refresh, so the p95 latency is that of {p95}",
     ]
+    every, held = costs.kv_behind_windows(manifest)
+    if held and "openvino" in manifest.targets:
+        lines.append(
+            f"  openvino forgets: behind {manifest.limits.max_seq_len} tokens layers with a window have "
+            f"{held / MIB:.1f} MiB of K/V at most, of {every / MIB:.1f}"
+        )
     return lines
 
 

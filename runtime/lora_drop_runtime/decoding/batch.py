@@ -43,7 +43,7 @@ from .statistics import Statistics
 from .stream import Usage
 
 CHUNK = 128  # tokens of a prompt in one tick, beside rows that decode
-_USUAL_BACK = 32  # LoRA steps that refreshes of rows of any policy take back
+USUAL_BACK = 32  # LoRA steps that refreshes of rows of any policy take back
 _WORTH_WAITING = 32  # tokens that another row's prompt is just running: fewer run anew with the rest
 
 
@@ -225,7 +225,7 @@ class Batch:
         back = most_taken_back(self._policy, self._schedule)
         # No row has more entries in dropped layers than in kept ones
         most = dict.fromkeys(self._capacity, self._capacity["slots_kept"])
-        return self._slots.bytes_of(most, None if back is None else max(back, _USUAL_BACK))
+        return self._slots.bytes_of(most, None if back is None else max(back, USUAL_BACK))
 
     @property
     def target(self) -> str:

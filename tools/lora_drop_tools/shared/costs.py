@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from lora_drop_runtime.bundle.adapters import weight_shapes
 from lora_drop_runtime.bundle.manifest import CHANNEL, INTEGER_DTYPES, QUANTIZED_DTYPES, Manifest, ModelFacts
+from lora_drop_runtime.bundle.paged_io import BLOCK
+from lora_drop_runtime.decoding.batch import CHUNK, USUAL_BACK
 from lora_drop_runtime.decoding.statistics import Cycle
 from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
@@ -177,6 +179,17 @@ def kv_bytes_of_cycles(manifest: Manifest, prompt: int, steps: int, steps_at: Se
 def kv_base_bytes(manifest: Manifest, tokens: int) -> int:
     """Eq. 12: bytes of K/V of the full model, one row."""
     return tokens * manifest.model.token_kv_bytes(range(manifest.model.num_layers))
+
+
+def kv_behind_windows(manifest: Manifest) -> tuple[int, int]:
+    """Bytes of K/V of a row of all tokens that a bundle allows, in layers with a window and convolutions: of all its
+    tokens, and at most where a batch with paged caches forgets what they do not see."""
+    model, whole = manifest.model, manifest.limits.max_seq_len
+    # What a run writes and one takes back, and two blocks that are not full
+    beyond = CHUNK + USUAL_BACK + 2 * BLOCK
+    behind = [(layer, window + beyond) for layer, window in enumerate(model.windows) if 0 < window < whole - beyond]
+    of = {layer: model.token_kv_bytes([layer]) for layer, _ in behind}
+    return whole * sum(of.values()), sum(most * of[layer] for layer, most in behind)
 
 
 def kv_saving(manifest: Manifest, k: int, policy: Policy = _SKIP) -> float:

@@ -21,6 +21,8 @@ from lora_drop_runtime.decoding.row_blocks import GONE
 from lora_drop_runtime.engines.openvino.engine import OpenVinoEngine
 from lora_drop_runtime.engines.openvino.pool import BlockPool
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from lora_drop_tools.inspect import describe
+from lora_drop_tools.shared import costs
 
 from tests.runtime.decoding.test_batch import check_ends, decoded
 from tests.support.bundles import make_bundle, traced_family
@@ -278,6 +280,25 @@ def test_a_row_that_fits_alone_waits_for_nobody(bundles: dict[str, Bundle], caps
         assert max(seen) <= (10 + 3 * ring(2)) * block
     with Session.open(bundles["backfill"].root, k=2, threads=1) as session:
         assert found == session.generate([[*prompt, 1, 2]], 220, stop_token_ids=())[0].tolist()
+
+
+def test_what_a_row_has_is_what_inspect_says(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """At most, and not much less."""
+    monkeypatch.setattr(batch_module, "CHUNK", costs.CHUNK)
+    bundle, layer = bundles["backfill"], 4 * 2 * 2 * 16
+    most = 3 * (WINDOW + 128 + 32 + 64) * layer
+    said = f"layers with a window have {most / 2**20:.1f} MiB of K/V at most, of {320 * 3 * layer / 2**20:.1f}"
+    assert f"openvino forgets: behind 320 tokens {said}" in "\n".join(describe(bundle))
+    assert "forgets" not in "\n".join(describe(make_bundle("llama", bundle.root.parent / "no window", targets=TARGETS)))
+    with Batch.open(bundle.root, slots=1, k=32, policy="backfill", threads=1) as batch:
+        batch.add(text(200), 119, stop_token_ids=())
+        while batch.rows:
+            batch.tick()
+            found = sum(pool.in_use * pool.block_bytes for pool in batch._engine.pools[1:])  # type: ignore[attr-defined]
+            assert found <= most
+            assert found > most * 3 // 4 or not batch.rows
 
 
 class Always:
