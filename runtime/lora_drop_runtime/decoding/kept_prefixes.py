@@ -8,6 +8,7 @@ token of each prompt runs in full, which sets it.
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from .sampling import Ids
 from .slots import Slots
 
 Place = TypeVar("Place")
+# Of a row that begins: slots and back as of `PagedSlots.admit`, and the blocks that hold so many entries
+New = tuple[Mapping[str, int], int | None, Sequence[Sequence[int]], int]
 
 
 def common(one: Ids, other: Ids) -> int:
@@ -117,7 +120,8 @@ class PagedPrefixes(Prefixes[RowBlocks]):
     def __init__(self, slots: PagedSlots, most: int) -> None:
         super().__init__()
         self._slots, self._most = slots, most
-        slots.most_bytes = most
+        shorten = weakref.WeakMethod(self._shorten_first)  # no cycle: the memory goes when a batch is closed
+        slots.most_bytes, slots.shorten = most, lambda: (found := shorten()) is not None and found()
 
     def _blocks(self, source: int | Kept[RowBlocks] | None) -> Sequence[Sequence[int]]:
         """Those of what `longest` has found, of each pool."""
@@ -134,40 +138,55 @@ class PagedPrefixes(Prefixes[RowBlocks]):
         Args:
             new: slots and back, as of `PagedSlots.admit`, and tokens.
         """
-        beside, alone = [], []
+        beside: list[New] = []
         for slots, back, tokens in new:
-            count, source = self.longest(tokens, running)
+            found = self._taken_over(slots, back, tokens, running, beside)
+            if found is None and (running or beside):
+                return False
+            count, source = found or (0, None)
             beside.append((slots, back, self._blocks(source), count))
-            alone.append((slots, back, self._blocks(None), 0))
-        return any(self._slots.bytes_with(len(running), one) <= self._most for one in (beside, alone))
+        return True
+
+    def _taken_over(
+        self, slots: Mapping[str, int], back: int | None, tokens: Ids, running: Sequence[Ids], beside: Sequence[New]
+    ) -> tuple[int, int | Kept[RowBlocks] | None] | None:
+        """What a row begins with beside rows that begin before it: what `longest` finds, if need be without what is
+        copied. None where there is no room: with what windows see of it a row may need more than it needs alone."""
+        count, source = self.longest(tokens, running)
+        for entries in (count, count - count % self._slots.block_slots):
+            new = (slots, back, self._blocks(source), entries)
+            has_room = self._slots.bytes_with(len(running), [*beside, new]) <= self._most
+            if has_room and self._slots.see_enough(self._blocks(source), entries, entries):
+                return entries, source
+        return None
 
     def begin(self, slot: int, slots: Mapping[str, int], back: int | None, tokens: Ids, running: Sequence[Ids]) -> int:
         self._slots.release_behind(slot)  # of an admission that was interrupted
-        count, source = self.longest(tokens, running)
+        count, source = self._taken_over(slots, back, tokens, running, ()) or (0, None)
         if isinstance(source, Kept):
             self._used(source)
         full, rest = divmod(count, self._slots.block_slots)
         taken = self._slots.shared(self._blocks(source), count)
         try:
             new = self._slots.bytes_of(slots, back, full)
-            while self._slots.bytes_in_use + new > self._most and self._kept:
-                self._shorten(self._kept[0])
+            while self._slots.bytes_in_use + new > self._most and self._shorten_first():
+                pass
             if self._slots.bytes_in_use + new > self._most:
-                self._slots.forget(slot)
+                self._slots.forget()
                 taken.forget()
-            if rest and self._slots.bytes_in_use + new > self._most:  # for a block that only this row still has
-                count, rest = count - rest, 0
-                taken.cut(full)
-            if self._slots.bytes_in_use + new > self._most:  # for what it sees of others beside blocks of its own
-                count = full = 0
-                taken.cut(full)
-            begun = [own[:full] for own in taken.blocks]
-            self._slots.admit(slot, slots, back, begun)
+            self._slots.admit(slot, slots, back, taken.blocks, count)
             if rest:
                 self._slots.copy_block(taken.blocks, slot, full)
         finally:
             taken.release()
         return count
+
+    def _shorten_first(self) -> bool:
+        """What was used least recently, if there is any."""
+        if not self._kept:
+            return False
+        self._shorten(self._kept[0])
+        return True
 
     def _shorten(self, one: Kept[RowBlocks]) -> None:
         """By a block."""

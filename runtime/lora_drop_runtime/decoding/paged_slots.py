@@ -6,7 +6,7 @@ tokens; the others are not in it. Rows may have blocks in common: one that is ab
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -47,11 +47,13 @@ class PagedSlots:
     Attributes:
         most_bytes: below which rows rather take new blocks than lay what they write into those that they do not need
             any more, which others may begin with.
+        shorten: gives up a block of what rows that are over have left; whether there was any.
     """
 
     def __init__(self, bundle: Bundle, engine: PagedEngine, count: int, several: bool, chunk: int) -> None:
         self._bundle, self._engine, self._count, self._several = bundle, engine, count, several
         self._chunk, self.most_bytes = chunk, 0
+        self.shorten: Callable[[], bool] = lambda: False
         self._plan = bundle.manifest.plan
         assert engine.block_slots is not None
         self._size = engine.block_slots
@@ -95,17 +97,23 @@ class PagedSlots:
         slot: int,
         slots: Mapping[str, int],
         back: int | None,
-        shared: Sequence[Sequence[int]] | None = None,
+        blocks: Sequence[Sequence[int]] = (),
+        entries: int = 0,
     ) -> None:
         """Reserve what a row will need, {"slots_kept": n, "slots_dropped": m}: it never fails later.
 
         Args:
             back: how many entries before its end a run may begin; None where it forgets none.
-            shared: of each pool the blocks that it begins with; nobody writes there any more.
+            blocks: of each pool those that have the entries it begins with: the full ones are its own as well, and
+                nobody writes there any more.
+            entries: so many.
         """
         self.release(slot)
-        begun = len(shared[0]) if shared else 0
-        self._rows[slot] = RowBlocks(self._engine, self._counts(slots, back, begun), shared, back)
+        begun = entries // self._size
+        counts, shared = self._counts(slots, back, begun), [own[:begun] for own in blocks] or None
+        self._rows[slot] = row = RowBlocks(self._engine, counts, shared, back)
+        if back is not None:
+            row.needed = self._first_seen(entries, entries)
 
     def release(self, slot: int) -> None:
         """A row is over."""
@@ -138,8 +146,8 @@ class PagedSlots:
         ):
             shared = -(-(kept, dropped)[group] // self._size)
             pool.share(held(there[:shared]))
-            pool.give_back(held(here[:shared]))
-            here[:shared] = there[:shared]
+            before, here[:shared] = here[:shared], there[:shared]
+            pool.give_back(held(before))
         self._states[:, target] = other._states[:, source]
 
     def fork(
@@ -203,24 +211,27 @@ class PagedSlots:
         found.needed = self._first_seen(entries, entries)
         return found
 
-    def forget(self, rows: int) -> None:
-        """So many rows give back what they do not need any more."""
-        for slot in range(rows):
-            self._row(slot).forget()
+    def forget(self) -> None:
+        """All rows give back what they do not need any more."""
+        for row in self._rows:
+            if row is not None:
+                row.forget()
 
     def bytes_with(
         self, rows: int, new: Sequence[tuple[Mapping[str, int], int | None, Sequence[Sequence[int]], int]]
     ) -> int:
         """What so many rows need with some more, each of which needs slots, has runs that begin before its end, and
-        begins with blocks of each pool, which hold so many entries."""
+        begins with blocks of each pool, which hold so many entries. What of these the last one has to copy is there,
+        too."""
         counts = [self._counts(slots, back, entries // self._size) for slots, back, _, entries in new]
         total = 0
         for number, pool in enumerate(self._engine.pools):
             taken = [row.taken(number) for row in self._rows[:rows] if row is not None]
             there = set().union(*(blocks for blocks, _ in taken))
-            for _, _, shared, entries in new:
-                first = self._first_seen(entries, entries)[number]
-                there.update(held(shared[number][first : entries // self._size]))
+            for at, (_, back, shared, entries) in enumerate(new, 1):
+                first = 0 if back is None else self._first_seen(entries, entries)[number]
+                end = -(-entries // self._size) if at == len(new) else entries // self._size
+                there.update(held(shared[number][first:end]))
             own = sum(count for _, count in taken) + sum(count[number] for count in counts)
             total += (len(there) + own) * pool.block_bytes
         return total
@@ -230,16 +241,29 @@ class PagedSlots:
         for pool, there, here in zip(self._engine.pools, source, self.blocks(slot), strict=True):
             pool.copy(there[place], here[place])
 
+    def _has_room(self, number: int, row: RowBlocks) -> bool:
+        """Whether a row may take one more block of a pool. Below a bound others give up what they do not need, where
+        the row has none to write into that nobody else has."""
+        block = self._engine.pools[number].block_bytes
+        while self.bytes_in_use + block > self.most_bytes:
+            if not self.most_bytes or row.has_unneeded(number):
+                return False
+            if not self.shorten():
+                self.forget()
+                return False
+        return True
+
     def _own(self, number: int, row: RowBlocks, begin: int, end: int) -> list[int]:
         """A row's blocks of the first `end` slots of a pool, at least one; those from `begin` on are about to be
         written, and are copied where other rows have them as well."""
         pool, own, (_, window) = self._engine.pools[number], row.blocks[number], self._engine.table_groups[number]
         if end > begin:
-            if window and row.back is not None:
-                row.needed[number] = first_seen(begin - row.back, window, self._size)
+            if window and row.back is not None:  # a row that has been cut back needs more than before
+                least = max(row.needed[number], first_seen(begin - row.back, window, self._size))
+                row.needed[number] = min(least, first_seen(begin, window, self._size))
             for place in range(begin // self._size, -(-end // self._size)):
                 if place >= len(own) or own[place] == GONE:
-                    row.have(number, place, self.bytes_in_use + pool.block_bytes <= self.most_bytes)
+                    row.have(number, place, self._has_room(number, row))
                 if pool.is_shared(own[place]):
                     own += pool.take(1)  # what an interrupt leaves of it goes with the row
                     pool.copy(own[place], own[-1])

@@ -110,6 +110,11 @@ class RowBlocks:
         own[place], own[-1] = own[-1], own[place]
         own.pop()
 
+    def has_unneeded(self, number: int) -> bool:
+        """Whether the row has a block of a pool that it does not need any more, and that nobody else has."""
+        pool, own = self._pools[number], self.blocks[number]
+        return any(not pool.is_shared(block) for block in held(own[: self.needed[number]]))
+
     def _forget(self, number: int, place: int) -> None:
         own = self.blocks[number]
         own.append(GONE)
