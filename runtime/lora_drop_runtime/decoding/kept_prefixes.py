@@ -130,6 +130,8 @@ class PagedPrefixes(Prefixes[RowBlocks]):
         return self._slots.blocks(source) if isinstance(source, int) else source.place.blocks
 
     def _see_enough(self, place: int | Kept[RowBlocks], count: int) -> bool:
+        if isinstance(place, int) and not self._slots.has_row(place):  # an interrupt came as it moved
+            return False
         return self._slots.see_enough(self._blocks(place), count, count)
 
     def have_room(self, new: Sequence[tuple[Mapping[str, int], int | None, Ids]], running: Sequence[Ids]) -> bool:

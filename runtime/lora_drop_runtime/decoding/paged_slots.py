@@ -184,6 +184,10 @@ class PagedSlots:
         assert row is not None
         return row
 
+    def has_row(self, slot: int) -> bool:
+        """Whether there is a row."""
+        return self._rows[slot] is not None
+
     def blocks(self, slot: int) -> list[list[int]]:
         """A row's blocks of each pool."""
         return self._row(slot).blocks

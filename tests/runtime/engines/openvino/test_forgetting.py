@@ -5,6 +5,7 @@ A block that is given back is overwritten, so that nobody reads one that was for
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from lora_drop_runtime import Batch, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding import batch as batch_module
 from lora_drop_runtime.decoding import request as request_module
+from lora_drop_runtime.decoding.paged_slots import PagedSlots
 from lora_drop_runtime.decoding.request import Request
 from lora_drop_runtime.decoding.row_blocks import GONE
 from lora_drop_runtime.engines.openvino.engine import OpenVinoEngine
@@ -341,6 +343,34 @@ def test_what_is_kept_gives_way_to_a_row_that_goes_on(bundles: dict[str, Bundle]
         for one in list(batch._prefixes._kept):
             batch._prefixes._drop(one)
         assert in_use(batch) == [0, 0, 0]
+
+
+def test_an_interrupt_as_a_row_moves(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Nothing is taken over from where it was; the next tick goes on."""
+    plain, prompt, told = PagedSlots.move, text(64), []
+
+    def move(slots: PagedSlots, *places: int) -> None:
+        plain(slots, *places)
+        if not told:
+            told.append(places)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(PagedSlots, "move", move)
+    options = {"slots": 3, "k": 2, "keep_prefixes": True, "kv_cache_bytes": 2**30, "threads": 1}
+    with Batch.open(bundles["backfill"].root, **options) as batch:
+        batch.add(text(20, 1), 12, stop_token_ids=())
+        numbers = [batch.add(prompt, 40, stop_token_ids=())]
+        events = []
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                events += batch.tick()
+        numbers.append(batch.add(prompt, 40, stop_token_ids=()))
+        assert batch.waiting == 0
+        events += ticked_through(batch)[0]
+    with Session.open(bundles["backfill"].root, k=2, threads=1) as session:
+        wanted = session.generate([prompt], 40, stop_token_ids=())[0].tolist()
+    for number in numbers:
+        assert [event.token for event in events if event.row == number] == wanted
 
 
 class Always:
