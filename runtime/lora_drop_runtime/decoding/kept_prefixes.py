@@ -85,9 +85,9 @@ class Prefixes(ABC, Generic[Place]):
         Args:
             rows: so many are in the first slots, this one among them.
         """
-        if not len(tokens):
-            return
         count = len(tokens)
+        if not count or not self._see_enough(slot, count):  # nobody could go on behind them
+            return
         begin_so = [one for one in self._kept if common(one.tokens, tokens) == count]
         again = next((one for one in begin_so if self._see_enough(one, count)), None)
         if again is not None:

@@ -345,6 +345,18 @@ def test_what_is_kept_gives_way_to_a_row_that_goes_on(bundles: dict[str, Bundle]
         assert in_use(batch) == [0, 0, 0]
 
 
+def test_what_nobody_could_go_on_behind_is_not_kept(bundles: dict[str, Bundle], capsys) -> None:
+    """Of a row under `skip` its prompt alone, whose end layers with a window have forgotten."""
+    for new_tokens, kept in ((9, [60]), (200, [])):
+        most = (10 + 3 * ring(0)) * BLOCK
+        options = {"slots": 1, "k": 2, "keep_prefixes": True, "kv_cache_bytes": most, "threads": 1}
+        with Batch.open(bundles["skip"].root, **options) as batch:
+            batch.add(text(60), new_tokens, stop_token_ids=())
+            ticked_through(batch)
+            assert batch._prefixes is not None
+            assert [len(one.tokens) for one in batch._prefixes._kept] == kept
+
+
 def test_an_interrupt_as_a_row_moves(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Nothing is taken over from where it was; the next tick goes on."""
     plain, prompt, told = PagedSlots.move, text(64), []
