@@ -23,6 +23,7 @@ from lora_drop_runtime.decoding.row_blocks import GONE
 from lora_drop_runtime.engines.openvino.engine import OpenVinoEngine
 from lora_drop_runtime.engines.openvino.pool import BlockPool
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from lora_drop_tools.generate import ChatSettings, GenerateSettings
 from lora_drop_tools.inspect import describe
 from lora_drop_tools.shared import costs
 
@@ -444,3 +445,14 @@ def test_rows_are_as_alone(bundles: dict[str, Bundle], keep: bool, capsys) -> No
         session.close()
     assert compared > 400
     assert (reused > 200) == keep
+
+
+def test_commands(bundles: dict[str, Bundle]) -> None:
+    """`generate` forgets; `chat` keeps what its next turn begins with."""
+    for settings, forgets in ((GenerateSettings(threads=1), True), (ChatSettings(threads=1), False)):
+        with settings.open(bundles["backfill"].root) as session:
+            session.prefill(np.array([text(200)]), max_new_tokens=60)
+            for token in text(50, 1):
+                session.step([token])
+            blocks = session._running().slots._rows[0].blocks  # type: ignore[union-attr]
+            assert (GONE in blocks[1]) == forgets
