@@ -449,8 +449,8 @@ def test_rows_are_as_alone(bundles: dict[str, Bundle], keep: bool, capsys) -> No
 
 def test_commands(bundles: dict[str, Bundle]) -> None:
     """`generate` forgets; `chat` keeps what its next turn begins with."""
-    for settings, forgets in ((GenerateSettings(threads=1), True), (ChatSettings(threads=1), False)):
-        with settings.open(bundles["backfill"].root) as session:
+    for command, forgets in ((GenerateSettings(threads=1), True), (ChatSettings(threads=1), False)):
+        with command.open(bundles["backfill"].root) as session:
             session.prefill(np.array([text(200)]), max_new_tokens=60)
             for token in text(50, 1):
                 session.step([token])
