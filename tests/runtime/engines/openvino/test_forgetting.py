@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,13 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_tools.generate import ChatSettings, GenerateSettings
 from lora_drop_tools.inspect import describe
 from lora_drop_tools.shared import costs
+from transformers import MistralConfig, MistralForCausalLM
 
+from tests.runtime.decoding.test_batch import Request as Asked
 from tests.runtime.decoding.test_batch import check_ends, decoded
 from tests.support.bundles import make_bundle, traced_family
 from tests.support.decoding import assert_refused, padded, ticked_through
-from tests.support.models import gemma3
+from tests.support.models import build, gemma3
 
 from .test_batch import alone, watched
 from .test_engine import TARGETS, assert_near
@@ -445,6 +448,55 @@ def test_rows_are_as_alone(bundles: dict[str, Bundle], keep: bool, capsys) -> No
         session.close()
     assert compared > 400
     assert (reused > 200) == keep
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Of layers that all have a window."""
+    own = {"num_hidden_layers": 4, "sliding_window": WINDOW, "max_position_embeddings": 320}
+    model = build(MistralForCausalLM, MistralConfig, seed=11, **own)
+    source = traced_family("mistral.forgets", model, "float32")
+    root = tmp_path_factory.mktemp("windowed") / "b"
+    return make_bundle(source, root, targets=TARGETS, drop_layers=(1, 3), policy="backfill", **SIZES)
+
+
+@pytest.mark.parametrize("seed", range(7, 11))
+def test_long_rows_in_little_memory(windowed: Bundle, seed: int, capsys) -> None:
+    """Chats that go on, with beginnings in common, some of them cancelled: tokens as alone, and no byte too many."""
+    random, texts = Random(seed), [text(280, 1), [*text(100, 1), *text(180, 2)]]
+    with Batch.open(windowed.root, slots=1, threads=1) as batch:
+        blocks = sum(pool.block_bytes for pool in batch._engine.pools)  # type: ignore[attr-defined]
+        most = batch.row_bytes + random.choice((0, 1, 3, 6, 12)) * blocks
+    asked, found = dict[int, tuple[list[int], int, int]](), dict[int, list[int]]()
+    options = {"slots": random.choice((2, 3, 5)), "kv_cache_bytes": most, "policy": "backfill", "threads": 1}
+    with Batch.open(windowed.root, keep_prefixes=True, **options) as batch:
+        seen = watched(batch)
+
+        def tick() -> None:
+            for event in batch.tick():
+                found[event.row] += [] if event.token is None else [event.token]
+                if event.finished == "length":
+                    texts.append([*asked[event.row][0], *found[event.row]])
+
+        for _ in range(8):
+            for _ in range(random.choice((1, 2, 4))):
+                begin, count, k = random.choice(texts), random.choice((1, 5, 20, 120)), random.choice((0, 1, 3, 30))
+                begin = begin[: random.choice((len(begin), random.randint(1, len(begin)), 96))]
+                prompt = [*begin, *text(random.choice((1, 9, 40)), random.randint(5, 9))][: 300 - count]
+                number = batch.add(prompt, count, k=k, stop_token_ids=())
+                asked[number], found[number] = (prompt, count, k), []
+            for _ in range(random.choice((3, 60, 200))):
+                tick()
+            batch.cancel(random.choice([*asked]))
+        while batch.rows:
+            tick()
+    assert max(seen) <= most
+    with Session.open(windowed.root, policy="backfill", threads=1) as session:
+        for number, (prompt, count, k) in asked.items():
+            one = Asked(tuple(prompt), count, k, "backfill", adaptive=False, temperature=0.0, seed=0, arrives=0)
+            wanted, near = alone(session, one)
+            sure = len(wanted) if near is None else near
+            assert found[number][:sure] == wanted[: len(found[number])][:sure]
 
 
 def test_commands(bundles: dict[str, Bundle]) -> None:
