@@ -123,7 +123,7 @@ class TimedSession:
         self._engine = TimedEngine(engine)
         self._chunks: dict[tuple[int, int], float] = {}
         schedule = PeriodicSchedule(bundle.manifest.plan.k)  # every request brings its own
-        self.session = Session(bundle, cast("Engine", self._engine), schedule, policy, draft, forget=True)
+        self.session = Session(bundle, cast("Engine", self._engine), schedule, policy, draft)
 
     @classmethod
     def open(cls, bundle: Bundle, options: SessionOptions) -> TimedSession:
