@@ -1,6 +1,8 @@
 """K/V of a row of target `openvino`, of a session that keeps all and of one that forgets what no layer sees any more.
 
-python docs/benchmarks/forgetting.py BUNDLE --contexts 256,2048,3900
+    python docs/benchmarks/forgetting.py BUNDLE --contexts 256,2048,3900
+
+Prints what the row's blocks take, behind so many tokens and 32 more.
 """
 
 from __future__ import annotations

@@ -16,14 +16,12 @@ from typing import Generic, TypeVar
 
 from lora_drop_runtime.engines.engine import Engine
 
-from .paged_slots import PagedSlots
+from .paged_slots import Beginning, PagedSlots
 from .row_blocks import RowBlocks
 from .sampling import Ids
 from .slots import Slots
 
 Place = TypeVar("Place")
-# Of a row that begins: slots and back as of `PagedSlots.admit`, and the blocks that hold so many entries
-New = tuple[Mapping[str, int], int | None, Sequence[Sequence[int]], int]
 
 
 def common(one: Ids, other: Ids) -> int:
@@ -130,9 +128,9 @@ class PagedPrefixes(Prefixes[RowBlocks]):
         return self._slots.blocks(source) if isinstance(source, int) else source.place.blocks
 
     def _see_enough(self, place: int | Kept[RowBlocks], count: int) -> bool:
-        if isinstance(place, int) and not self._slots.has_row(place):  # an interrupt came as it moved
-            return False
-        return self._slots.see_enough(self._blocks(place), count, count)
+        if isinstance(place, int):  # which has no row where an interrupt came as it moved
+            return self._slots.goes_back(place, count, count)
+        return self._slots.see_enough(place.place.blocks, count, count)
 
     def have_room(self, new: Sequence[tuple[Mapping[str, int], int | None, Ids]], running: Sequence[Ids]) -> bool:
         """Whether rows may begin that need such slots and have such tokens, whatever has to go of rows that are over.
@@ -140,25 +138,30 @@ class PagedPrefixes(Prefixes[RowBlocks]):
         Args:
             new: slots and back, as of `PagedSlots.admit`, and tokens.
         """
-        beside: list[New] = []
+        beside: list[Beginning] = []
         for slots, back, tokens in new:
             found = self._taken_over(slots, back, tokens, running, beside)
             if found is None and (running or beside):
                 return False
             count, source = found or (0, None)
-            beside.append((slots, back, self._blocks(source), count))
+            beside.append(Beginning(slots, back, self._blocks(source), count))
         return True
 
     def _taken_over(
-        self, slots: Mapping[str, int], back: int | None, tokens: Ids, running: Sequence[Ids], beside: Sequence[New]
+        self,
+        slots: Mapping[str, int],
+        back: int | None,
+        tokens: Ids,
+        running: Sequence[Ids],
+        beside: Sequence[Beginning],
     ) -> tuple[int, int | Kept[RowBlocks] | None] | None:
         """What a row begins with beside rows that begin before it: what `longest` finds, if need be without what is
         copied. None where there is no room: with what windows see of it a row may need more than it needs alone."""
         count, source = self.longest(tokens, running)
         for entries in (count, count - count % self._slots.block_slots):
-            new = (slots, back, self._blocks(source), entries)
+            new = Beginning(slots, back, self._blocks(source), entries)
             has_room = self._slots.bytes_with(len(running), [*beside, new]) <= self._most
-            if has_room and self._slots.see_enough(self._blocks(source), entries, entries):
+            if has_room and self._slots.see_enough(new.blocks, entries, entries):
                 return entries, source
         return None
 

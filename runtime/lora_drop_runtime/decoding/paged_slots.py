@@ -7,7 +7,7 @@ tokens; the others are not in it. Rows may have blocks in common: one that is ab
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from lora_drop_runtime.engines.engine import BindingEngine, Engine, Feed, PagedE
 from lora_drop_runtime.plan.schedule import StepKind
 
 from . import checks
-from .row_blocks import GONE, RowBlocks, first_seen, held
+from .row_blocks import GONE, RowBlocks, first_seen, held, most_blocks
 from .sampling import Ids
 from .slots import Logits, Run, Slots, valid_kv_bytes
 
@@ -34,6 +34,22 @@ def _within(table: Table, window: int, size: int) -> Table:
     past, count, own = table
     first = first_seen(past, window, size)
     return past - first * size, count, own[first:]
+
+
+class Beginning(NamedTuple):
+    """What a row needs that is to begin, and what it begins with.
+
+    Attributes:
+        slots: that it needs, {"slots_kept": n, "slots_dropped": m}.
+        back: how many entries before its end a run may begin; None where it forgets none.
+        blocks: of each pool, of another row.
+        entries: that it takes over of these.
+    """
+
+    slots: Mapping[str, int]
+    back: int | None
+    blocks: Sequence[Sequence[int]]
+    entries: int
 
 
 class PagedSlots:
@@ -61,6 +77,12 @@ class PagedSlots:
         self._steps = engine.steps(several)
         self._rows: list[RowBlocks | None] = [None] * count
         self._states = np.zeros(engine.states_shape(count), np.float32)
+        model, layers = bundle.manifest.model, (self._plan.kept_attentions, self._plan.dropped_attentions)
+        self._forgetful = [  # pools, whether of dropped layers, and bytes of the entries of a block
+            (number, group, self._size * model.token_kv_bytes([i for i in layers[group] if model.windows[i] == window]))
+            for number, (group, window) in enumerate(engine.table_groups)
+            if window
+        ]
         self._vocabulary = bundle.manifest.model.vocab_size
         # Of a call, where another number of tokens than before would cost more than tokens that nobody reads
         self._pads = engine.pads_tokens and not self._plan.has_state
@@ -83,7 +105,7 @@ class PagedSlots:
         for group, window in self._engine.table_groups:
             count = max(0, -(-slots[("slots_kept", "slots_dropped")[group]] // self._size) - begun)
             if window and back is not None:  # and no more than any run sees and writes
-                count = min(count, -(-(window + back + self._chunk) // self._size) + 1)
+                count = min(count, most_blocks(window, back, self._chunk, self._size))
             counts.append(count)
         return counts
 
@@ -184,10 +206,6 @@ class PagedSlots:
         assert row is not None
         return row
 
-    def has_row(self, slot: int) -> bool:
-        """Whether there is a row."""
-        return self._rows[slot] is not None
-
     def blocks(self, slot: int) -> list[list[int]]:
         """A row's blocks of each pool."""
         return self._row(slot).blocks
@@ -206,8 +224,9 @@ class PagedSlots:
         return True
 
     def goes_back(self, slot: int, kept: int, dropped: int) -> bool:
-        """Whether a row may go on behind so many of its entries."""
-        return self.see_enough(self.blocks(slot), kept, dropped)
+        """Whether there is a row that may go on behind so many of its entries."""
+        row = self._rows[slot]
+        return row is not None and self.see_enough(row.blocks, kept, dropped)
 
     def shared(self, blocks: Sequence[Sequence[int]], entries: int) -> RowBlocks:
         """The same blocks, as far as they hold so many entries, for another one who has them."""
@@ -221,13 +240,9 @@ class PagedSlots:
             if row is not None:
                 row.forget()
 
-    def bytes_with(
-        self, rows: int, new: Sequence[tuple[Mapping[str, int], int | None, Sequence[Sequence[int]], int]]
-    ) -> int:
-        """What so many rows need with some more, each of which needs slots, has runs that begin before its end, and
-        begins with blocks of each pool, which hold so many entries. What of these the last one has to copy is there,
-        too."""
-        counts = [self._counts(slots, back, entries // self._size) for slots, back, _, entries in new]
+    def bytes_with(self, rows: int, new: Sequence[Beginning]) -> int:
+        """What so many rows need with some more. What the last of these has to copy is there, too."""
+        counts = [self._counts(one.slots, one.back, one.entries // self._size) for one in new]
         total = 0
         for number, pool in enumerate(self._engine.pools):
             taken = [row.taken(number) for row in self._rows[:rows] if row is not None]
@@ -293,13 +308,10 @@ class PagedSlots:
     def kv_bytes(self, kept: int, dropped: int) -> dict[str, int]:
         """Bytes of so many valid entries in kept and in dropped layers, but for those that are forgotten, and of the
         blocks that the rows have."""
-        model, plan = self._bundle.manifest.model, self._plan
         found = valid_kv_bytes(self._bundle.manifest, kept, dropped)
-        for number, (group, window) in enumerate(self._engine.table_groups):
+        for number, group, entries_bytes in self._forgetful:
             gone = sum(row.blocks[number].count(GONE) for row in self._rows if row is not None)
-            layers = (plan.kept_attentions, plan.dropped_attentions)[group]
-            own = [layer for layer in layers if model.windows[layer] == window]
-            found[("kept", "dropped")[group]] -= gone * self._size * model.token_kv_bytes(own)
+            found[("kept", "dropped")[group]] -= gone * entries_bytes
         return found | {"allocated": self._allocated()}
 
     # ── runs ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -44,6 +44,18 @@ def first_seen(entries: int, window: int, size: int) -> int:
     return max(0, entries - window) // size if window else 0
 
 
+def most_blocks(window: int, back: int, chunk: int, size: int) -> int:
+    """How many blocks hold what any run of a row sees and writes, wherever it begins in one.
+
+    Args:
+        window: of the layers.
+        back: how many entries before the row's end the run may begin.
+        chunk: the most tokens that it has.
+        size: of a block.
+    """
+    return -(-(window + back + chunk) // size) + 1
+
+
 def _give_back(pools: Sequence[Pool], blocks: Sequence[list[int]]) -> None:
     for pool, own in zip(pools, blocks, strict=True):
         while own:
@@ -89,7 +101,7 @@ class RowBlocks:
             raise
 
     def have(self, number: int, place: int, may_grow: bool) -> None:
-        """Have a block at a place of a pool: one that the row does not need any more, or another.
+        """Have a block at a place of a pool where there is none: one that the row does not need any more, or another.
 
         Args:
             may_grow: rather another.
@@ -97,8 +109,6 @@ class RowBlocks:
         pool, own = self._pools[number], self.blocks[number]
         while len(own) <= place:
             own.append(GONE)
-        if own[place] != GONE:
-            return
         for old in range(0 if may_grow else min(self.needed[number], place)):
             if own[old] == GONE:
                 continue

@@ -14,6 +14,7 @@ from lora_drop_runtime.bundle.adapters import weight_shapes
 from lora_drop_runtime.bundle.manifest import CHANNEL, INTEGER_DTYPES, QUANTIZED_DTYPES, Manifest, ModelFacts
 from lora_drop_runtime.bundle.paged_io import BLOCK
 from lora_drop_runtime.decoding.batch import CHUNK, USUAL_BACK
+from lora_drop_runtime.decoding.row_blocks import most_blocks
 from lora_drop_runtime.decoding.statistics import Cycle
 from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
@@ -185,11 +186,13 @@ def kv_behind_windows(manifest: Manifest) -> tuple[int, int]:
     """Bytes of K/V of a row of all tokens that a bundle allows, in layers with a window and convolutions: of all its
     tokens, and at most where a batch with paged caches forgets what they do not see."""
     model, whole = manifest.model, manifest.limits.max_seq_len
-    # What a run writes and one takes back, and two blocks that are not full
-    beyond = CHUNK + USUAL_BACK + 2 * BLOCK
-    behind = [(layer, window + beyond) for layer, window in enumerate(model.windows) if 0 < window < whole - beyond]
-    of = {layer: model.token_kv_bytes([layer]) for layer, _ in behind}
-    return whole * sum(of.values()), sum(most * of[layer] for layer, most in behind)
+    every = most = 0
+    for layer, window in enumerate(model.windows):
+        seen = most_blocks(window, USUAL_BACK, CHUNK, BLOCK) * BLOCK
+        if window and seen < whole:
+            every += whole * model.token_kv_bytes([layer])
+            most += seen * model.token_kv_bytes([layer])
+    return every, most
 
 
 def kv_saving(manifest: Manifest, k: int, policy: Policy = _SKIP) -> float:

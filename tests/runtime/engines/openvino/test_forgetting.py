@@ -37,7 +37,7 @@ from tests.support.models import build, gemma3
 
 from .test_batch import alone, watched
 from .test_engine import TARGETS, assert_near
-from .test_kept_prefixes import answered, in_use, sharing, text
+from .test_kept_prefixes import answered, check_nothing_leaks, in_use, sharing, text
 
 pytestmark = pytest.mark.usefixtures("models_stay_compiled", "quick_to_collect")
 
@@ -217,8 +217,7 @@ def test_a_fork_has_what_is_there(engine: OpenVinoEngine) -> None:
 def test_more_rows_run_at_once(bundles: dict[str, Bundle], capsys) -> None:
     """Rows of 10 blocks of a layer: with four layers' worth of them for one row three others fit beside it."""
     bundle = bundles["backfill"]
-    block = 32 * 4 * 2 * 2 * 16
-    row = (10 + 3 * ring(2)) * block
+    row = (10 + 3 * ring(2)) * BLOCK
     with Batch.open(bundle.root, slots=8, k=2, kv_cache_bytes=3 * row, threads=1) as batch:
         seen = watched(batch)
         numbers = [batch.add(text(100, seed), 205, stop_token_ids=()) for seed in range(4)]
@@ -228,7 +227,7 @@ def test_more_rows_run_at_once(bundles: dict[str, Bundle], capsys) -> None:
         while batch.rows:
             events += batch.tick()
         assert in_use(batch) == [0, 0, 0]
-    assert max(seen) <= 3 * row < 40 * block * 4
+    assert max(seen) <= 3 * row < 40 * BLOCK * 4
     with Session.open(bundle.root, k=2, threads=1) as session:
         for seed, number in enumerate(numbers):
             wanted = session.generate([text(100, seed)], 205, stop_token_ids=())[0].tolist()
@@ -238,10 +237,9 @@ def test_more_rows_run_at_once(bundles: dict[str, Bundle], capsys) -> None:
 def test_rows_that_share_need_as_much_once_they_have_gone_on(bundles: dict[str, Bundle], capsys) -> None:
     """Four rows begin with the same 96 tokens; there is room for three, of which each will have blocks of its own."""
     bundle, prompt = bundles["backfill"], text(96)
-    block = 32 * 4 * 2 * 2 * 16
     # 3 blocks of the layer without a window, and of the others the two that tokens behind the prompt see, are common
     own = 6 + 3 * ring(2)
-    most = (3 + 3 * 2 + 3 * own + own - 1) * block
+    most = (3 + 3 * 2 + 3 * own + own - 1) * BLOCK
     with Batch.open(bundle.root, slots=8, k=2, kv_cache_bytes=most, keep_prefixes=True, threads=1) as batch:
         answered(batch, prompt)
         seen = watched(batch)
@@ -250,7 +248,7 @@ def test_rows_that_share_need_as_much_once_they_have_gone_on(bundles: dict[str, 
         assert [len(batch._rows), batch.waiting] == [3, 1]
         while batch.rows:
             events += batch.tick()
-        assert most - own * block < max(seen) <= most
+        assert most - own * BLOCK < max(seen) <= most
     assert all(event.reused == 96 for event in events if event.row in numbers)
     with Session.open(bundle.root, k=2, threads=1) as session:
         for seed, number in enumerate(numbers):
@@ -260,8 +258,8 @@ def test_rows_that_share_need_as_much_once_they_have_gone_on(bundles: dict[str, 
 
 def test_what_rows_begin_with_counts_as_long_as_they_see_it(bundles: dict[str, Bundle], capsys) -> None:
     """Two rows begin with a prompt each that was run before; a third one, with another, waits for a byte."""
-    block, own = 32 * 4 * 2 * 2 * 16, 6 + 3 * ring(2)
-    most = (2 * (3 + 3 * 2 + own) + 9 + 3 * ring(2) - 1) * block
+    own = 6 + 3 * ring(2)
+    most = (2 * (3 + 3 * 2 + own) + 9 + 3 * ring(2) - 1) * BLOCK
     with Batch.open(
         bundles["backfill"].root, slots=8, k=2, kv_cache_bytes=most, keep_prefixes=True, threads=1
     ) as batch:
@@ -280,7 +278,7 @@ def test_what_a_row_has_is_what_inspect_says(
     """At most, and not much less."""
     monkeypatch.setattr(batch_module, "CHUNK", costs.CHUNK)
     bundle, layer = bundles["backfill"], 4 * 2 * 2 * 16
-    most = 3 * (WINDOW + 128 + 32 + 64) * layer
+    most = 3 * 32 * 8 * layer  # 8 blocks: 40 + 128 + 32 tokens, which begin anywhere in the first
     said = f"layers with a window have {most / 2**20:.1f} MiB of K/V at most, of {320 * 3 * layer / 2**20:.1f}"
     assert f"openvino forgets: behind 320 tokens {said}" in "\n".join(describe(bundle))
     assert "forgets" not in "\n".join(describe(make_bundle("llama", bundle.root.parent / "no window", targets=TARGETS)))
@@ -343,10 +341,7 @@ def test_what_is_kept_gives_way_to_a_row_that_goes_on(bundles: dict[str, Bundle]
         assert len(batch._rows) == 2
         ticked_through(batch)
         assert max(seen) <= most
-        assert batch._prefixes is not None
-        for one in list(batch._prefixes._kept):
-            batch._prefixes._drop(one)
-        assert in_use(batch) == [0, 0, 0]
+        check_nothing_leaks(batch)
 
 
 def test_what_nobody_could_go_on_behind_is_not_kept(bundles: dict[str, Bundle], capsys) -> None:
@@ -411,7 +406,6 @@ def test_a_schedule_of_ones_own_forgets_nothing(bundles: dict[str, Bundle], caps
 def test_rows_are_as_alone(bundles: dict[str, Bundle], keep: bool, capsys) -> None:
     """Whenever they come and go, with prompts in common, in little memory, two turns each; and no byte too many."""
     bundle = bundles["backfill"]
-    block = 32 * 4 * 2 * 2 * 16
     compared = reused = 0
     sessions = {policy: Session.open(bundle.root, policy=policy, threads=1) for policy in POLICIES}
 
@@ -420,7 +414,7 @@ def test_rows_are_as_alone(bundles: dict[str, Bundle], keep: bool, capsys) -> No
     def check(script: Any, count: int, blocks: int | None, longer: int) -> None:
         nonlocal compared, reused
         script = [type(one)(**{**vars(one), "new_tokens": one.new_tokens + longer}) for one in script]
-        most = None if blocks is None else blocks * block
+        most = None if blocks is None else blocks * BLOCK
         options = {"slots": count, "kv_cache_bytes": most, "policy": "backfill", "threads": 1}
         with Batch.open(bundle.root, keep_prefixes=keep, **options) as batch:
             seen = watched(batch)
@@ -438,9 +432,7 @@ def test_rows_are_as_alone(bundles: dict[str, Bundle], keep: bool, capsys) -> No
                           for one, turn in zip(script, turns, strict=True)]  # fmt: skip
             assert most is None or max(seen) <= most
             if keep:
-                assert batch._prefixes is not None
-                for one in list(batch._prefixes._kept):
-                    batch._prefixes._drop(one)
+                check_nothing_leaks(batch)
             assert in_use(batch) == [0, 0, 0]
 
     check()
