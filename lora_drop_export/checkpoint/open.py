@@ -36,12 +36,12 @@ from .mxfp4 import mxfp4_tensors
 from .packed import packed_tensors
 from .packed_config import in_float8, rounded_activations
 from .renamed import joined_experts, renamed_tensors
-from .text_part import SEEING, own_names, text_config, text_tensors
+from .text_part import MULTIMODAL, own_names, text_config, text_tensors
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "LICENSE*", "*.txt", "*.py"]
 # Of a fast tokenizer; of older ones, some of which have no file named so
 _TOKENIZERS = ("tokenizer*", "vocab.json", "vocab.txt", "merges.txt", "*.model")
-_PROCESSORS_TEMPLATE = "chat_template.json"  # of models that see, in which their tokenizers do not look
+_PROCESSORS_TEMPLATE = "chat_template.json"  # of multimodal models, in which their tokenizers do not look
 _PICKLED = "pytorch_model*.bin"  # where there is nothing else
 _FILES = (".json", ".jinja", ".safetensors", ".bin", ".model")
 _UNREADABLE = "transformers cannot read this checkpoint."
@@ -373,9 +373,9 @@ def open_checkpoint(
         pickled = list(directory.glob("*.bin"))
     if not files and pickled:
         config = _config(directory, trust_remote_code)
-        if config.model_type in SEEING:  # transformers' class of such a model is another one
+        if config.model_type in MULTIMODAL:  # transformers' class of such a model is another one
             raise InputError(
-                "The text decoder of a model that sees is taken from safetensors files alone.",
+                "The text decoder of a multimodal model is taken from safetensors files alone.",
                 note=f"{directory} has *.bin alone, and its model type is {config.model_type}.",
                 hint="Take one in safetensors files.",
             )
@@ -398,8 +398,8 @@ def open_checkpoint(
     config = _config(directory, trust_remote_code)
     _check_layer_count(config, len(tensors))
     quantization = _quantization(config)
-    if config.model_type in SEEING:
-        log(f"note: the model sees, too; its text decoder alone is taken ({config.model_type})")
+    if config.model_type in MULTIMODAL:
+        log(f"note: the model is multimodal; its text decoder alone is taken ({config.model_type})")
         with refused("The model's config cannot be used.", "config.json"):
             config, tensors = text_config(config), text_tensors(tensors, config)
         _check_layer_count(config, len(tensors))

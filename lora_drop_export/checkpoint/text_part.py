@@ -1,4 +1,4 @@
-"""The text decoder of a checkpoint whose model sees as well."""
+"""The text decoder of a checkpoint whose model sees or hears as well."""
 
 from __future__ import annotations
 
@@ -9,30 +9,41 @@ from typing import Any
 from .checkpoint import TensorSource
 from .experts import DOWN, GATE_UP, SwappedExperts
 
-# Model types that give their text, where no picture is, to an ordinary decoder as it is
-SEEING = (
+# Model types that give their text, where no picture and no sound is, to an ordinary decoder as it is
+MULTIMODAL = (
     "deepseek_vl",
+    "deepseek_vl_hybrid",
     "exaone4_5",
     "gemma3",
     "gemma4",
+    "gemma4_unified",
     "glm46v",
     "glm4v",
     "glm4v_moe",
+    "hyperclovax_vision_v2",
     "idefics2",
     "idefics3",
     "internvl",
     "janus",
     "lfm2_vl",
+    "lfm3_vl",
     "lighton_ocr",
     "llava",
     "llava_next",
+    "llava_next_video",
     "llava_onevision",
     "mistral3",
+    "ovis2",
     "qwen2_5_vl",
+    "qwen2_audio",
     "qwen2_vl",
     "qwen3_vl",
     "qwen3_vl_moe",
     "smolvlm",
+    "video_llama_3",
+    "video_llava",
+    "vipllava",
+    "voxtral",
 )
 # Decoders that rotate by three positions of a token, and what they are where these are one, as in a text
 _ONE_POSITION = {

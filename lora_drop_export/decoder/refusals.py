@@ -20,7 +20,7 @@ _ALIBI = ("bloom",)  # whose configs do not say so
 _ABOVE_ZERO = ("rope_theta", "routed_scaling_factor")
 _UNBOUND = ("time_step_limit",)  # Mamba's, which is infinite in configs of models without such layers, too
 _LARGEST = float(np.finfo(np.float32).max)
-_SHORT_CONVOLUTIONS = ("lfm2", "lfm2_moe")
+_SHORT_CONVOLUTIONS = ("lfm2", "lfm2_moe", "lfm3")
 _OWN_ATTENTION = ("falcon", "gpt_neo", "mpt")
 _OTHER_ATTENTION = ("linear", "chunked", "compressed", "indexed", "reference")  # words in the types of layers
 

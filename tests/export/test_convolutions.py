@@ -1,4 +1,4 @@
-"""LFM2's short convolutions: on every engine of a CPU, with layers of every kind dropped, against the oracle."""
+"""Short convolutions of LFM2 and LFM3: on every engine of a CPU, layers of every kind dropped, against the oracle."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from lora_drop_runtime import Batch, Session
 from lora_drop_runtime.engines.ort.engine import OrtEngine
 from lora_drop_runtime.errors import InputError, ModelError
@@ -53,6 +54,15 @@ def lfm2_moe() -> PreTrainedModel:
     return build(Lfm2MoeForCausalLM, Lfm2MoeConfig, seed=68, **own)
 
 
+def lfm3() -> PreTrainedModel:
+    """A layer of each kind and a convolution more; norms of what halves give, and a gate for each head."""
+    if not hasattr(transformers, "Lfm3Config"):
+        pytest.skip("LFM3 is not in this version of transformers")
+    kinds = ["conv", "sliding_attention", "full_attention", "conv"]
+    own = {"num_hidden_layers": 4, "layer_types": kinds, "conv_L_cache": 4, "sliding_window": 5, "head_dim": 16}
+    return build(transformers.Lfm3ForCausalLM, transformers.Lfm3Config, seed=69, **own, tie_word_embeddings=True)
+
+
 def test_oracle() -> None:
     """Its convolution is transformers' own."""
     model, tokens = six().model, torch.arange(3, 12)
@@ -81,6 +91,17 @@ def test_plan(policy: str, surrogate: str, sites: tuple[str, ...], tmp_path: Pat
         with Session.open(bundle.root, target=target, policy=policy, threads=1) as session:
             for prompts, k in ((PROMPTS, 2), (LONG, 3)):
                 assert_same_run(session, six().model, plan, prompts, k)
+
+
+def test_lfm3(tmp_path: Path) -> None:
+    source = traced_model(lfm3())
+    options = ANY | {"drop_layers": ("0", "1.attn", "2.attn", "3.mlp"), "policy": "backfill", "rank": 2, "k": 2}
+    bundle = make_adapted_bundle(source, tmp_path, targets=BOTH, **options)
+    plan = oracle_plan(bundle, tmp_path / "adapters")
+    for target in BOTH:
+        with Session.open(bundle.root, target=target, threads=1) as session:
+            for prompts in (PROMPTS, LONG):
+                assert_same_run(session, source.model, plan, prompts, 2)
 
 
 @pytest.mark.parametrize("target", BOTH)

@@ -172,6 +172,34 @@ def test_windows_that_the_decoder_has_not(tmp_path: Path) -> None:
     assert_loaded_as(model, tmp_path)
 
 
+def lfm3_vl() -> Any:
+    """Layers of each kind in the text's decoder, and kinds of their own in the tower."""
+    if not hasattr(transformers, "Lfm3VlConfig"):
+        pytest.skip("LFM3 is not in this version of transformers")
+    own = {"layer_types": ["conv", "sliding_attention", "full_attention"], "sliding_window": 5, "conv_L_cache": 4}
+    vision = {name: VISION[name] for name in VISION if name != "image_size"} | {"num_key_value_heads": 1}
+    config = transformers.Lfm3VlConfig(text_config=transformers.Lfm3Config(**TEXT | own), vision_config=vision)
+    return transformers.Lfm3VlForConditionalGeneration(config)
+
+
+def voxtral() -> Any:
+    """It hears."""
+    audio = transformers.VoxtralEncoderConfig(
+        **{name: VISION[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")},
+        num_attention_heads=2,
+    )
+    return transformers.VoxtralForConditionalGeneration(
+        transformers.VoxtralConfig(text_config=transformers.LlamaConfig(**TEXT), audio_config=audio)
+    )
+
+
+@pytest.mark.parametrize("build", [lfm3_vl, voxtral])
+def test_other_multimodal_models(build: Callable[[], Any], tmp_path: Path) -> None:
+    model = drawn(build())
+    model.save_pretrained(tmp_path)
+    assert_loaded_as(model, tmp_path)
+
+
 def test_a_text_config_that_no_decoder_can_be_made_of(tmp_path: Path) -> None:
     qwen2_5_vl().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
