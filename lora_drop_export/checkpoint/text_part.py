@@ -11,6 +11,7 @@ from .experts import DOWN, GATE_UP, SwappedExperts
 
 # Model types that give their text, where no picture and no sound is, to an ordinary decoder as it is
 MULTIMODAL = (
+    "apertus1p5",
     "deepseek_vl",
     "deepseek_vl_hybrid",
     "exaone4_5",
@@ -33,6 +34,7 @@ MULTIMODAL = (
     "llava_next_video",
     "llava_onevision",
     "mistral3",
+    "muse_glimmer",
     "ovis2",
     "qwen2_5_vl",
     "qwen2_audio",

@@ -11,6 +11,7 @@ from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.weights.resolve import find_tensor
 
 from .convolutions import exchange_convolutions
+from .text_models import register_text_model
 
 _ROWS = 4096  # that are compared at a time
 
@@ -58,6 +59,7 @@ def build_model(checkpoint: Checkpoint, dtype: str, attention: str | None = None
         f"Model type {config.model_type!r:.80}",
         "Check the sizes in config.json; the model's attention must go through transformers' attention interface.",
     ):
+        register_text_model(config)
 
         def build() -> Any:
             return AutoModelForCausalLM.from_config(

@@ -1,4 +1,4 @@
-"""Checkpoints whose models see as well: their text decoders write what the whole model writes of a text."""
+"""Checkpoints of multimodal models: their text decoders write what the whole model writes of a text."""
 
 from __future__ import annotations
 
@@ -109,6 +109,18 @@ def drawn(model: Any) -> Any:
     return model.eval()
 
 
+def muse_glimmer() -> Any:
+    """Of which transformers has no causal language model: windows, a layer without RoPE, scaled and capped logits."""
+    if not hasattr(transformers, "MuseGlimmerConfig"):
+        pytest.skip("Muse Glimmer is not in this version of transformers")
+    own = {"num_hidden_layers": 2, "sliding_window": 5, "output_multiplier": 0.6, "final_logit_softcapping": 3.0}
+    vision = {name: VISION[name] for name in VISION if name != "image_size"}
+    config = transformers.MuseGlimmerConfig(
+        text_config=TEXT | own | {"pad_token_id": 0}, vision_config=vision, out_hidden_size=128
+    )
+    return transformers.MuseGlimmerForConditionalGeneration(config)
+
+
 KNOWN: dict[Callable[[], Any], Callable[[], Family]] = {  # decoders that others have traced
     gemma4: lambda: more_family("gemma4"),
     llava: lambda: heads_of(16, 2),
@@ -118,8 +130,8 @@ KNOWN: dict[Callable[[], Any], Callable[[], Family]] = {  # decoders that others
 }
 
 
-@pytest.mark.parametrize("build", [gemma3, *KNOWN])
-def test_the_text_decoder_of_a_model_that_sees(
+@pytest.mark.parametrize("build", [gemma3, muse_glimmer, *KNOWN])
+def test_the_text_decoder_of_a_multimodal_model(
     build: Callable[[], Any], tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if build in KNOWN:
@@ -193,7 +205,21 @@ def voxtral() -> Any:
     )
 
 
-@pytest.mark.parametrize("build", [lfm3_vl, voxtral])
+def mistral4() -> Any:
+    """Of which transformers has a causal language model, and AutoModelForCausalLM none."""
+    if not hasattr(transformers, "Mistral4Config"):
+        pytest.skip("Mistral Small 4 is not in this version of transformers")
+    latent = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    routed = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1}
+    text = TEXT | latent | routed | {"topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4}
+    config = transformers.Mistral3Config(
+        text_config=transformers.Mistral4Config(**text),
+        vision_config=transformers.PixtralVisionConfig(**VISION, head_dim=16),
+    )
+    return transformers.Mistral3ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("build", [lfm3_vl, mistral4, voxtral])
 def test_other_multimodal_models(build: Callable[[], Any], tmp_path: Path) -> None:
     model = drawn(build())
     model.save_pretrained(tmp_path)
