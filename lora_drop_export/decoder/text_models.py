@@ -40,10 +40,11 @@ def register_text_model(config: Any) -> None:
     """Let AutoModelForCausalLM make the model of this config; nothing for most, which it knows."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    kind = config.model_type
-    if kind not in {*_NAMED, *_MADE} or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    kind, module = config.model_type, type(config).__module__
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or not module.startswith("transformers.")  # code of its own
+    if known or kind not in {*_NAMED, *_MADE}:
         return
-    source = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    source = importlib.import_module(module.replace(".configuration_", ".modeling_"))
     made = _MADE[kind](source) if kind in _MADE else getattr(source, _NAMED[kind])
     # Without exist_ok it leaves out configs of transformers' own, lest the code of a checkpoint take their place
     AutoModelForCausalLM.register(type(config), made, exist_ok=True)
