@@ -97,11 +97,15 @@ def test_table_3() -> None:
 
 
 def test_table_5() -> None:
-    halves = row(2, 0.5, 1.05, sites=("4.attn", "4.mlp"))
-    _, _, blocks, apart, other, *_ = lines("table5", row(0, 0.5), row(2, 0.5, 1.1), halves, row(3, 0.5, 1.1))
+    rows = (
+        *(row(0, 0.5), row(2, 0.5, 1.1, rank=4), row(2, 0.5, 1.05, rank=4, sites=("4.attn", "4.mlp"))),
+        *(row(3, 0.5, 1.1, rank=4), row(2, 0.5, 1.2, rank=0)),
+    )
+    _, _, blocks, apart, other, bare, *_ = lines("table5", *rows)
     assert [cell.strip() for cell in blocks[5:]] == ["blocks", "50.0 ±2.0", "1.10×", "1.55 / 1.58 / 1.45"]
     assert [cell.strip() for cell in apart[5:]] == ["attention and MLP", "50.0 ±2.0", "1.05×", "1.37 / 1.39 / 1.27"]
     assert other[-1].strip() == "–"
+    assert [cell.strip() for cell in bare[5:]] == ["none", "50.0 ±2.0", "1.20×", "–"]
 
 
 def test_table_4(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

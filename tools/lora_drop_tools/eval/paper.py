@@ -150,10 +150,10 @@ def _table_5(result: EvalResult) -> list[str]:
     headings = (*_NAMES, "adapters of", "average", "speed-up", "paper's speed-up")
     lines = []
     for row in result.rows:
-        same = row.k == 2 and _paper_ratio(row.rho) == 0.5 and row.method == LORA_DROP
-        kind = MISSING if not row.k else "attention and MLP" if _in_halves(row) else "blocks"
+        same = row.k == 2 and row.rank and _paper_ratio(row.rho) == 0.5 and row.method == LORA_DROP
+        kind = "none" if not row.rank else "attention and MLP" if _in_halves(row) else "blocks"
         paper = _slashed(_TABLE_5[_in_halves(row)], 2) if same else MISSING
-        lines.append((*_names(row), kind, with_half(row.average, 100, 1), _speedup(row), paper))
+        lines.append((*_names(row), kind if row.k else MISSING, with_half(row.average, 100, 1), _speedup(row), paper))
     return [
         *table(headings, lines),
         f"paper: {' / '.join(MODELS)} at ρ = 0.5, with the same accuracy for both; its accuracies are {ABSENT}",
