@@ -10,6 +10,7 @@ tokens of the cycle before. Rows come and leave between two cycles, and there pr
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -100,6 +101,7 @@ class Batch:
         self._got: list[tuple[Row, Run, Logits, float]] = []  # of the latest run: what rows wanted, and its logits
         self._flight: Flight | None = None  # of all rows, which hold the slots until it is over
         self._added = 0
+        self._adding = threading.RLock()  # by any thread, while no other closes the batch
         self._usage = Usage("batch")
 
     @classmethod
@@ -194,11 +196,12 @@ class Batch:
         """
         self._usage.enter()
         try:
-            if self._is_open:
-                self._is_open = False
-                self._rows, self._waiting, self._prefixes = [], deque(), None
-                del self._slots
-                self._engine.close()
+            with self._adding:
+                if self._is_open:
+                    self._is_open = False
+                    self._rows, self._waiting, self._prefixes = [], deque(), None
+                    del self._slots
+                    self._engine.close()
         finally:
             self._usage.leave()
 
@@ -335,7 +338,6 @@ class Batch:
         if not self._paged:
             checks.check_fits(needed, self._capacity["slots_dropped"])
         takes, back = {"slots_kept": kept, "slots_dropped": needed}, most_taken_back(verifier, chosen)
-        checks.check_pool(self._slots.bytes_of(takes, back), self._most_bytes)
         stops = frozenset(checks.stop_ids(stop_token_ids, manifest.special_tokens.eos))
         likeliest = checks.checked_logprobs(logprobs)
         if scores and likeliest is None:
@@ -348,13 +350,16 @@ class Batch:
         sampling = checks.checked_sampling(sampling, manifest.model.vocab_size)
         checks.check_constraint(constraint)
         (stream,) = np.random.SeedSequence(sampling.seed).spawn(1)
-        number = self._added
-        self._added += 1
         own = forked(constraint)
-        sampler = RowSampler(sampling, prompt, stream, number, own)
-        limits_of_runs = self._chunk, self._engine.verified_tokens
-        why = why_single_steps(self._engine, chosen, verifier, sampling, own, likeliest)
-        self._waiting.append(Row(number, prompt, options, sampler, *limits_of_runs, why, self._tell))
+        with self._adding:
+            self._check_open()
+            checks.check_pool(self._slots.bytes_of(takes, back), self._most_bytes)
+            number = self._added
+            self._added += 1
+            sampler = RowSampler(sampling, prompt, stream, number, own)
+            limits_of_runs = self._chunk, self._engine.verified_tokens
+            why = why_single_steps(self._engine, chosen, verifier, sampling, own, likeliest)
+            self._waiting.append(Row(number, prompt, options, sampler, *limits_of_runs, why, self._tell))
         return number
 
     def cancel(self, row: int) -> None:
@@ -363,10 +368,10 @@ class Batch:
         Raises:
             InputError: no row has that number.
         """
-        self._check_open()
-        checks.check_row(row, self._added)
         self._usage.enter()
         try:
+            self._check_open()
+            checks.check_row(row, self._added)
             self._settle(land=True)  # and what an interrupted tick has left
             for rows in (self._rows, self._waiting):
                 for slot, one in enumerate(list(rows)):  # at once: `add` comes from any thread
@@ -391,9 +396,9 @@ class Batch:
             BundleError: the engine cannot run the step.
             InputError: the batch is closed, or in use by another thread.
         """
-        self._check_open()
         self._usage.enter()
         try:
+            self._check_open()
             self._settle(land=self._next_row() is not None)  # and what an interrupted tick has left
             while (row := self._next_row()) is not None:
                 self._admit(row)

@@ -594,6 +594,28 @@ def test_rows_are_cancelled_while_another_thread_adds_some() -> None:
     assert told == set(numbers)
 
 
+@pytest.mark.parametrize(
+    ("call", "behind"),
+    [
+        (lambda batch: batch.add([1], 1), "runtime.decoding.checks.check_prompts"),
+        (Batch.tick, "runtime.decoding.stream.Usage.enter"),
+        (lambda batch: batch.cancel(0), "runtime.decoding.stream.Usage.enter"),
+    ],
+    ids=["add", "tick", "cancel"],
+)
+def test_a_call_that_another_thread_closes_the_batch_before(call, behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, _ = fake_batch()
+    batch.add([1, 2], 4)
+
+    def close(*_: object) -> None:
+        monkeypatch.undo()
+        batch.close()
+
+    monkeypatch.setattr(f"lora_drop_{behind}", close)
+    assert_refused(lambda: call(batch), "The batch is closed.")
+    assert not batch.rows
+
+
 def test_what_cannot_be_is_refused_and_leaves_the_batch_as_it_was() -> None:
     batch, _ = fake_batch("skip", k=3, slots=2, max_seq_len=12, max_prompt_len=4)
     assert_refused(lambda: batch.add([], 3), "The prompt is empty.")
