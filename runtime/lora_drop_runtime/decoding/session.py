@@ -420,7 +420,11 @@ class Session:
     @property
     def next_step(self) -> StepKind:
         """What the next `step` runs; where refreshes verify drafts always a refresh, since a single step has none."""
-        return self._with_room().next_kind(None)
+        self._usage.enter()  # it asks the schedule, in the midst of another thread's step for a step too early
+        try:
+            return self._with_room().next_kind(None)
+        finally:
+            self._usage.leave()
 
     def step(self, token_ids: Array) -> npt.NDArray[np.float32]:
         """Run one decode step. Under a policy that verifies drafts it is a refresh of one token.

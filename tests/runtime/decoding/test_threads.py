@@ -38,6 +38,7 @@ def others(session: Session, stream) -> list[Callable[[], object]]:
         lambda: session.generate([7], 3),
         lambda: session.prefill([[7]]),
         lambda: session.step([7]),
+        lambda: session.next_step,
         lambda: next(session.stream([7], 3)),
         lambda: next(stream),
         lambda: stream.close(),
