@@ -33,7 +33,7 @@ from tests.support.bundles import (
     traced_family,
     traced_model,
 )
-from tests.support.models import FEW, build, lfm2, quartered
+from tests.support.models import FEW, build, lfm2, quartered, skip_without
 
 BOTH = ("ort", "openvino")
 LONG = [list(range(3, 3 + 40)), [5], list(range(60, 60 + 33))]  # more than a block of openvino's, less, and one more
@@ -56,8 +56,7 @@ def lfm2_moe() -> PreTrainedModel:
 
 def lfm3() -> PreTrainedModel:
     """A layer of each kind and a convolution more; norms of what halves give, and a gate for each head."""
-    if not hasattr(transformers, "Lfm3Config"):
-        pytest.skip("LFM3 is not in this version of transformers")
+    skip_without("Lfm3Config")
     kinds = ["conv", "sliding_attention", "full_attention", "conv"]
     own = {"num_hidden_layers": 4, "layer_types": kinds, "conv_L_cache": 4, "sliding_window": 5, "head_dim": 16}
     return build(transformers.Lfm3ForCausalLM, transformers.Lfm3Config, seed=69, **own, tie_word_embeddings=True)

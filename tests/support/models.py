@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -28,6 +29,12 @@ SIZES: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+
+
+def skip_without(name: str) -> None:
+    """Skip a test of a model that an older transformers does not have, by the name of its config."""
+    if not hasattr(transformers, name):
+        pytest.skip(f"this version of transformers has no {name}")
 
 
 def build(model_class: type, config_class: type, seed: int, **options: Any) -> transformers.PreTrainedModel:

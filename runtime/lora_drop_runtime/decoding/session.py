@@ -419,7 +419,11 @@ class Session:
 
     @property
     def next_step(self) -> StepKind:
-        """What the next `step` runs; where refreshes verify drafts always a refresh, since a single step has none."""
+        """What the next `step` runs; where refreshes verify drafts always a refresh, since a single step has none.
+
+        Raises:
+            InputError: there is no request, it has no room for a step, or another thread's call is running.
+        """
         self._usage.enter()  # it asks the schedule, in the midst of another thread's step for a step too early
         try:
             return self._with_room().next_kind(None)

@@ -22,7 +22,7 @@ from lora_drop_export.cli import main
 from lora_drop_export.decoder.loaded import load_model
 from lora_drop_export.weights.resolve import find_tensor
 from tests.support.bundles import Family, family, heads_of, more_family
-from tests.support.models import SIZES
+from tests.support.models import SIZES, skip_without
 
 TEXT: dict[str, Any] = SIZES | {"num_hidden_layers": 3, "head_dim": 16}
 VISION: dict[str, Any] = {
@@ -33,6 +33,7 @@ VISION: dict[str, Any] = {
     "image_size": 28,
     "patch_size": 14,
 }
+ANY_SIZE = {name: VISION[name] for name in VISION if name != "image_size"}  # towers that take pictures of any
 
 
 def gemma3() -> Any:
@@ -48,7 +49,7 @@ def gemma4() -> Any:
     """As the smaller ones have it: layers of different heads, the last two with the K and V of others, and an input of
     each layer's own."""
     text = transformers.Gemma4TextConfig(**more_family("gemma4").model.config.to_dict() | {"pad_token_id": 0})
-    vision = {"head_dim": 16, "num_key_value_heads": 2} | {key: VISION[key] for key in VISION if key != "image_size"}
+    vision = {"head_dim": 16, "num_key_value_heads": 2} | ANY_SIZE
     return transformers.Gemma4ForConditionalGeneration(
         transformers.Gemma4Config(
             text_config=text, vision_config=transformers.Gemma4VisionConfig(**vision), audio_config=None
@@ -111,12 +112,10 @@ def drawn(model: Any) -> Any:
 
 def muse_glimmer() -> Any:
     """Of which transformers has no causal language model: windows, a layer without RoPE, scaled and capped logits."""
-    if not hasattr(transformers, "MuseGlimmerConfig"):
-        pytest.skip("Muse Glimmer is not in this version of transformers")
+    skip_without("MuseGlimmerConfig")
     own = {"num_hidden_layers": 2, "sliding_window": 5, "output_multiplier": 0.6, "final_logit_softcapping": 3.0}
-    vision = {name: VISION[name] for name in VISION if name != "image_size"}
     config = transformers.MuseGlimmerConfig(
-        text_config=TEXT | own | {"pad_token_id": 0}, vision_config=vision, out_hidden_size=128
+        text_config=TEXT | own | {"pad_token_id": 0}, vision_config=ANY_SIZE, out_hidden_size=128
     )
     return transformers.MuseGlimmerForConditionalGeneration(config)
 
@@ -186,10 +185,9 @@ def test_windows_that_the_decoder_has_not(tmp_path: Path) -> None:
 
 def lfm3_vl() -> Any:
     """Layers of each kind in the text's decoder, and kinds of their own in the tower."""
-    if not hasattr(transformers, "Lfm3VlConfig"):
-        pytest.skip("LFM3 is not in this version of transformers")
+    skip_without("Lfm3VlConfig")
     own = {"layer_types": ["conv", "sliding_attention", "full_attention"], "sliding_window": 5, "conv_L_cache": 4}
-    vision = {name: VISION[name] for name in VISION if name != "image_size"} | {"num_key_value_heads": 1}
+    vision = ANY_SIZE | {"num_key_value_heads": 1}
     config = transformers.Lfm3VlConfig(text_config=transformers.Lfm3Config(**TEXT | own), vision_config=vision)
     return transformers.Lfm3VlForConditionalGeneration(config)
 
@@ -207,8 +205,7 @@ def voxtral() -> Any:
 
 def mistral4() -> Any:
     """Of which transformers has a causal language model, and AutoModelForCausalLM none."""
-    if not hasattr(transformers, "Mistral4Config"):
-        pytest.skip("Mistral Small 4 is not in this version of transformers")
+    skip_without("Mistral4Config")
     latent = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
     routed = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1}
     text = TEXT | latent | routed | {"topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4}
