@@ -28,6 +28,7 @@ from lora_drop_export.checkpoint.experts import DOWN, GATE_UP, ROWS, from_rows, 
 from lora_drop_export.decoder.anatomy import first_output, name_of, put_tensor
 from lora_drop_export.decoder.attention_interface import AttentionCall
 from lora_drop_export.decoder.convolutions import ConvolutionCall
+from lora_drop_export.decoder.recurrences import RecurrenceCall
 from lora_drop_export.decoder.refusals import is_of_experts
 from lora_drop_export.decoder.streamed import StreamedModel
 from lora_drop_export.quantize.formats import Blocked, BlockFormat, Floats, dequantize
@@ -50,7 +51,7 @@ _HEAD_ROWS = 8192  # of the vocabulary, in memory at once
 _MOMENTS_BYTES = 1 << 31  # of experts, in memory at once
 
 
-def _attend(call: AttentionCall | ConvolutionCall) -> Any:
+def _attend(call: AttentionCall | ConvolutionCall | RecurrenceCall) -> Any:
     """Causal attention over whole windows, [B, S, H, D]; or what a convolution makes of them."""
     import torch
 

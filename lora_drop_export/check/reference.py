@@ -27,6 +27,7 @@ from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.decoder.anatomy import between_halves, first_output
 from lora_drop_export.decoder.attention_interface import AttentionCall
 from lora_drop_export.decoder.convolutions import ConvolutionCall
+from lora_drop_export.decoder.recurrences import RecurrenceCall
 from lora_drop_export.decoder.streamed import StreamedModel, as_tensor
 from lora_drop_export.weights.arrays import read_arrays
 
@@ -66,7 +67,7 @@ def _entries(steps: Any, dtype: str | None) -> Any:
     return steps.clamp(-448, 448).to(torch.float8_e4m3fn).float()
 
 
-def _attend(cache: _Cache, call: AttentionCall | ConvolutionCall) -> Any:
+def _attend(cache: _Cache, call: AttentionCall | ConvolutionCall | RecurrenceCall) -> Any:
     """What each row's real new tokens make of the layer's own cache, which they join first."""
     import torch
 

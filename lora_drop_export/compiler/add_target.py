@@ -18,7 +18,7 @@ from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_export.console import Console
 from lora_drop_export.staging.area import refuse_others, resolved
 from lora_drop_export.staging.directory import staged_directory
-from lora_drop_export.targets.target import TARGETS, Caches, build_target
+from lora_drop_export.targets.target import TARGETS, Caches, build_target, check_recurrent
 
 from .files import BUNDLE, tool_versions, verification_details, write_manifest, write_verification
 from .options import NO_TARGET, ExportOptions, check_formats
@@ -57,6 +57,8 @@ def _check_addable(bundle: Bundle, targets: Sequence[str], options: ExportOption
             raise type(error)(error.fact, note=error.note, hint=hint) from None
     model, by_channel = manifest.model, manifest.quantization.get("block_size") == CHANNEL
     check_formats(targets, model.weight_dtype, model.kv_dtype, model.dtype, root, by_channel=by_channel)
+    if model.recurrent_layers:
+        check_recurrent(targets, model.dtype, model.kv_dtype)
     if manifest.model.kv_dtype is not None:
         head_dims = frozenset(one.head_dim for one in manifest.model.heads)
         fills, convolves = manifest.plan.refresh_policy.fills, bool(manifest.model.convolutions)

@@ -16,10 +16,12 @@ from typing import Any
 from lora_drop_runtime.bundle.adapters import read_adapters
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import CHANNEL, INTEGER_DTYPES, VERIFY_NAME
+from lora_drop_runtime.decoding.opening import check_recurrent_policy
 from lora_drop_runtime.dtypes import MODEL_DTYPES, short_name
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.files import is_utf8
 from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.drop_list import check_drop_list
@@ -27,12 +29,18 @@ from lora_drop_export.checkpoint.experts import ExpertRows
 from lora_drop_export.checkpoint.packed import Kept
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.anatomy import kv_sources
-from lora_drop_export.decoder.context import CONVOLUTION, convolution_window, window_within
+from lora_drop_export.decoder.context import (
+    CONVOLUTION,
+    LINEAR_ATTENTION,
+    convolution_window,
+    recurrence_window,
+    window_within,
+)
 from lora_drop_export.decoder.refusals import refuse_by_config
 from lora_drop_export.quantize.choice import Quantization, block_formats
 from lora_drop_export.quantize.formats import FLOAT8, BlockFormat
 from lora_drop_export.quantize.rounding import has_native
-from lora_drop_export.targets.target import TARGETS, Caches
+from lora_drop_export.targets.target import TARGETS, Caches, check_recurrent
 from lora_drop_export.weights.store import check_linkable, weights_bytes
 
 from .facts import (
@@ -81,7 +89,11 @@ def windows_of_config(config: Any) -> tuple[int, ...] | None:
     size = window_within(config, size) if used else 0
     types = getattr(config, "layer_types", None)
     if isinstance(types, list | tuple) and len(types) == layers:
-        sizes = {"sliding_attention": size, CONVOLUTION: convolution_window(config)}
+        sizes = {
+            "sliding_attention": size,
+            CONVOLUTION: convolution_window(config),
+            LINEAR_ATTENTION: recurrence_window(config),
+        }
         return tuple(sizes.get(kind, 0) for kind in types)
     # Code that a model brings may mean something else by it
     return (size if type(config).__module__.startswith("transformers.") else 0,) * layers
@@ -280,6 +292,9 @@ def check_before_trace(
     make_limits(config, options)
     fingerprint = checkpoint.fingerprint()
     check_drop_list(options.drop_list_fingerprint, checkpoint.name, fingerprint)
+    if LINEAR_ATTENTION in (getattr(config, "layer_types", None) or ()):
+        check_recurrent([name for name in options.targets if name != NO_TARGET], dtype, options.kv_dtype)
+        check_recurrent_policy(POLICIES[options.policy or DEFAULT_POLICY])
     windows, width = windows_of_config(config), getattr(config, "hidden_size", None)
     if windows is not None and type(width) is int:
         plan = make_plan(windows, width, options, kv_sources(config))

@@ -342,6 +342,8 @@ def model_facts(
         layer_heads=traced.heads if len(set(traced.heads)) > 1 else (),
         expert_bytes=tuple(expert_bytes) if traced.expert_shares else (),
         expert_share=float(max(traced.expert_shares.values(), default=1.0)),
+        recurrence=traced.recurrence,
+        recurrent_layers=traced.recurrent_layers,
     )
 
 

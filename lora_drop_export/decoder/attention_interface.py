@@ -96,7 +96,8 @@ def _widened(tensor: Any, width: int) -> Any:
 def register_attention(name: str, attend: Callable[[Any], Any]) -> None:
     """Let models with `attn_implementation=name` call `attend` with an AttentionCall; it returns [B, S, H, D].
 
-    A model of `exchange_convolutions` calls it with ConvolutionCalls as well.
+    A model of `exchange_convolutions` calls it with ConvolutionCalls as well, one of `exchange_recurrences` with
+    RecurrenceCalls.
 
     The last function of a name counts: transformers looks it up at every call.
     """

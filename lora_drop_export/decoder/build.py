@@ -11,6 +11,7 @@ from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.weights.resolve import find_tensor
 
 from .convolutions import exchange_convolutions
+from .recurrences import exchange_recurrences
 from .text_models import register_text_model
 
 _ROWS = 4096  # that are compared at a time
@@ -74,4 +75,5 @@ def build_model(checkpoint: Checkpoint, dtype: str, attention: str | None = None
         model.config._experts_implementation = experts  # older versions take their own names alone as an option
     if attention is not None:
         exchange_convolutions(model)
+        exchange_recurrences(model)
     return model

@@ -10,6 +10,7 @@ _SIZES = ("max_position_embeddings", "n_positions", "max_sequence_length")
 _ORIGINAL = "original_max_position_embeddings"
 _UNKNOWN = 2048
 CONVOLUTION = "conv"  # type of a layer with a short convolution, in `layer_types`
+LINEAR_ATTENTION = "linear_attention"  # the same of one with a gated delta rule
 _MOST = 2**63 - 1  # of a manifest
 
 
@@ -52,6 +53,12 @@ def context_in_words(config: Any) -> str:
 def convolution_window(config: Any) -> int:
     """Positions that a short convolution sees, as LFM2 has them; 0 in models without any."""
     size = getattr(config, "conv_L_cache", None)
+    return size if type(size) is int else 0
+
+
+def recurrence_window(config: Any) -> int:
+    """Positions that the convolution of a gated delta rule sees; 0 in models without any."""
+    size = getattr(config, "linear_conv_kernel_dim", None)
     return size if type(size) is int else 0
 
 

@@ -285,7 +285,7 @@ def _copy(
             if value not in twin:
                 twin[value] = counterpart(value) if value is not None and body.own(value) else value
         attributes = dict(node.attributes)
-        if _is(node, "CacheAttention") or _is(node, "CacheConvolution"):
+        if any(_is(node, name) for name in ("CacheAttention", "CacheConvolution", "CacheRecurrence")):
             attributes["layer"] = ir.AttrInt64("layer", layer)
         copy = ir.Node(
             node.domain,

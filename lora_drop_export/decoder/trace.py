@@ -4,7 +4,9 @@ Enters: a checkpoint, of which only the config is used. Leaves: a `TracedModel`:
   - each attention is one `lora_drop::CacheAttention(query, key, value[, sinks])` node, heads split and RoPE applied,
     query [B, H, S, D], key and value [B, Hkv, S, D], sinks [H] → [B, S, H, D], attributes layer, scale, sliding_window,
     softcap; each short convolution one `lora_drop::CacheConvolution(x, gate, taps[, bias])`, x and gate [B, S, d],
-    taps [d, 1, K] → [B, S, d], attribute layer;
+    taps [d, 1, K] → [B, S, d], attribute layer; each gated delta rule one
+    `lora_drop::CacheRecurrence(x, decay, beta, taps[, bias])`, x [B, S, W], decay and beta [B, S, H], taps [W, 1, K]
+    → [B, S, H·Dv], attribute layer (recurrences.py);
   - each mixture of experts is one `lora_drop::Experts` node (experts.py);
   - the residual stream carries the names `hidden_states.0` … `hidden_states.n` (layer i reads i and makes i+1);
   - parameters are initializers with their Hugging Face names, external and without data;
@@ -23,7 +25,7 @@ from fractions import Fraction
 from typing import Any
 
 import onnx_ir as ir
-from lora_drop_runtime.bundle.graph_io import Heads
+from lora_drop_runtime.bundle.graph_io import CacheShape, Heads, Recurrence
 from lora_drop_runtime.errors import ModelError, first_line
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
@@ -39,6 +41,7 @@ from .experts import name_experts, register_experts
 from .norms import spell_reciprocal_roots, widen_normed
 from .parameters import bind_initializers, leave_places, looked_up, narrow_parameters
 from .products import spell_products
+from .recurrences import RecurrenceCall, shifted_window
 from .refusals import refuse_by_config, refuse_by_modules, unsupported
 from .repeats import LayerCalls, alike, argument_name, expand, stand_ins
 from .rotary import fuse_rotary_embedding
@@ -54,8 +57,11 @@ class TracedModel:
     Attributes:
         graph: see the module docstring.
         parameters: name → shape of the weights that a checkpoint has to give.
-        windows: sliding window of each layer in positions, 0 for none; of a convolution the positions that it mixes.
-        heads: of each layer's attention; of a convolution one, as wide as a half of its channels.
+        windows: sliding window of each layer in positions, 0 for none; of a convolution the positions that it mixes,
+            also of that of a gated delta rule.
+        heads: of each layer's attention; of a convolution one, as wide as a half of its channels; of a layer with a
+            recurrent state those of the first attention.
+        recurrence: of the `recurrent_layers`.
         kv_sources: layers whose K and V others take.
         layers_prefix: name of the list of decoder layers, e.g. `model.layers`.
         embedding_only: parameters that are only looked up row by row.
@@ -74,6 +80,12 @@ class TracedModel:
     embedding_only: frozenset[str]
     expert_shares: dict[str, Fraction]
     tied: dict[str, str]
+    recurrence: Recurrence | None = None
+    recurrent_layers: tuple[int, ...] = ()
+
+    def cache(self, dtype: str, kv_dtype: str | None) -> CacheShape:
+        """Of activations of this dtype, and entries of that one."""
+        return CacheShape(self.heads, dtype, kv_dtype, self.recurrence, self.recurrent_layers)
 
 
 @dataclass
@@ -85,14 +97,19 @@ class _Calls:
     shapes: list[tuple[int, int, int]] = field(default_factory=list)
     scales: list[tuple[float, float]] = field(default_factory=list)  # and softcaps
     keys: list[Any] = field(default_factory=list)
+    recurrences: dict[int, Recurrence] = field(default_factory=dict)
 
     def note(
-        self, call: AttentionCall | ConvolutionCall, shape: tuple[int, int, int], scale: tuple[float, float], key: Any
+        self,
+        call: AttentionCall | ConvolutionCall | RecurrenceCall,
+        shape: tuple[int, int, int],
+        scale: tuple[float, float],
+        key: Any,
     ) -> int:
         """One call; returns its layer."""
         layer = int(call.module.layer_idx)
         self.layers.append(layer)
-        self.windows.append(call.window)
+        self.windows.append(shifted_window(call))
         self.shapes.append(shape)
         self.scales.append(scale)
         self.keys.append(key)
@@ -104,6 +121,14 @@ class _Calls:
         first: dict[int, int] = {}
         owners = [first.setdefault(id(key), layer) for layer, key in enumerate(self.keys)]
         return tuple(sorted({owner for layer, owner in enumerate(owners) if owner != layer}))
+
+    @property
+    def heads(self) -> tuple[Heads, ...]:
+        """Of each layer."""
+        attention = next((shape for layer, shape in enumerate(self.shapes) if layer not in self.recurrences), (1, 1, 1))
+        return tuple(
+            Heads(*(attention if layer in self.recurrences else shape)) for layer, shape in enumerate(self.shapes)
+        )
 
 
 @contextlib.contextmanager
@@ -150,10 +175,29 @@ def _emit_convolution(call: ConvolutionCall, calls: _Calls) -> Any:
     )
 
 
-def _emit_attention(call: AttentionCall | ConvolutionCall, calls: _Calls) -> Any:
+def _emit_recurrence(call: RecurrenceCall, calls: _Calls) -> Any:
+    """One CacheRecurrence node in place of a gated delta rule, and a note of it in `calls`."""
+    import torch
+
+    form = call.form
+    layer = calls.note(call, (form.heads, form.key_dim, form.value_dim), (1.0, 0.0), call.x)
+    calls.recurrences[layer] = form
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::CacheRecurrence",
+        (call.x, call.decay, call.beta, call.taps, *(() if call.bias is None else (call.bias,))),
+        {"layer": layer},
+        dtype=call.x.dtype,
+        shape=(*call.x.shape[:2], form.heads * form.value_dim),
+        version=1,
+    )
+
+
+def _emit_attention(call: AttentionCall | ConvolutionCall | RecurrenceCall, calls: _Calls) -> Any:
     """One CacheAttention node in place of an attention, and a note of it in `calls`."""
     import torch
 
+    if isinstance(call, RecurrenceCall):
+        return _emit_recurrence(call, calls)
     if isinstance(call, ConvolutionCall):
         return _emit_convolution(call, calls)
     batch, heads, sequence, head_dim = call.query.shape
@@ -299,6 +343,10 @@ def _dry_run(wrapper: Any, layers: Any) -> tuple[_Calls, LayerCalls]:
         raise unsupported(
             "decoder layers without exactly one attention through transformers' attention interface", config
         )
+    if len(set(calls.recurrences.values())) > 1:
+        raise unsupported("recurrent states of several shapes", config)
+    if len(calls.recurrences) == len(layers):
+        raise unsupported("no attention", config)
     if calls.kv_sources != kv_sources(config):
         raise unsupported("layers that take the K and V of others", config)
     return calls, seen
@@ -406,10 +454,12 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
         hidden_size=int(config.hidden_size),
         vocab_size=model.get_output_embeddings().weight.shape[0],
         windows=tuple(calls.windows),
-        heads=tuple(Heads(*shape) for shape in calls.shapes),
+        heads=calls.heads,
         kv_sources=calls.kv_sources,
         layers_prefix=name_of(model, layers),
         embedding_only=looked_up(graph, parameters),
         expert_shares=expert_shares,
         tied=tied,
+        recurrence=next(iter(calls.recurrences.values()), None),
+        recurrent_layers=tuple(sorted(calls.recurrences)),
     )

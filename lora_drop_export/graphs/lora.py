@@ -21,6 +21,7 @@ from lora_drop_runtime.plan.schedule import StepKind
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
+from .recurrences import TOKENS
 from .values import IR_VERSION, external, stream_names
 
 G_LOGGER.severity = G_LOGGER.ERROR  # it warns of bfloat16, which it keeps as it is, and of colours that it has not got
@@ -119,8 +120,8 @@ def lora_step_from_refresh(
     hidden_size = tensors["hidden_states.0"].shape[2]
     vocab_size = tensors["logits"].shape[2]
     outputs = {tensor.name: tensor for tensor in graph.outputs}
-    for name in [name for name in outputs if name.startswith("present_state.")]:
-        outputs.pop(name).name = f"{name}.refresh"  # the surrogate makes its own
+    for name in [name for name in outputs if name.startswith(("present_state.", "present_recurrence."))]:
+        outputs.pop(name).name = f"{name}.refresh"  # the surrogate makes its own, a recurrent state stays as it was
     inputs = {tensor.name: tensor for tensor in graph.inputs}
     builder = _SurrogateBuilder(graph, plan, cache, hidden_size, weights)
     for site in plan.sites:
@@ -132,6 +133,8 @@ def lora_step_from_refresh(
     for node in [n for n in graph.nodes if n.op == "GatherND" and "logits_index" in _ancestors(n.inputs[1])]:
         _replace_uses(node.outputs[0], node.inputs[0])
     io = graph_io(StepKind.LORA, plan, cache, hidden_size, vocab_size)
+    if TOKENS in tensors:
+        _replace_uses(tensors[TOKENS], gs.Constant(TOKENS, np.ones(1, np.int64)))
     outputs |= builder.states_out
     inputs |= builder.states_in
     inputs["input_ids"].shape = ["batch", 1]

@@ -5,8 +5,9 @@ protos in plain ONNX (opset 24), with the inputs and outputs of lora_drop_runtim
 
     refresh_from_trace          CacheAttention → TensorScatter (K), TensorScatter (V), Attention with an explicit mask,
                                 scaled where it has sinks (sinks.py); CacheConvolution → the same writes, and a sum of
-                                products (convolutions.py); state outputs for dropped layers; Experts → all of them
-                                (experts.py)
+                                products (convolutions.py); CacheRecurrence → LinearAttention from a state, over the
+                                tokens that are not in it (recurrences.py); state outputs for dropped layers; Experts →
+                                all of them (experts.py)
     lora_step_from_refresh      each dropped layer is cut out and its surrogate put in; S = 1
     with_rows_chosen_early      the refresh graph's choice of rows, from before the head up to the last attention
 """
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from lora_drop_runtime.bundle.graph_io import CacheShape, graph_io
+from lora_drop_runtime.bundle.graph_io import graph_io
 from lora_drop_runtime.bundle.safetensors_file import Blocks, TensorPlace
 from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
@@ -37,13 +38,15 @@ from .convolutions import expand_convolution, is_convolution
 from .experts import expand_experts
 from .match import SYMMETRIC, ZERO_POINTS
 from .nodes import Ops
+from .recurrences import OPSET as RECURRENT_OPSET
+from .recurrences import Recurrences, is_recurrence
 from .sinks import scaled_by_sinks
 from .values import IR_VERSION, OPSET, external, initializer, middle_name, named, stream_names, typed_value
 
 
 def _keeps_tokens(node: ir.Node) -> bool:
-    """Whether it is an attention or a convolution as traced."""
-    return is_convolution(node) or (node.domain == DOMAIN and node.op_type == "CacheAttention")
+    """Whether it is an attention, a convolution or a gated delta rule as traced."""
+    return is_convolution(node) or is_recurrence(node) or (node.domain == DOMAIN and node.op_type == "CacheAttention")
 
 
 def _ints(value: int | list[int]) -> ir.Node:
@@ -187,7 +190,9 @@ def half_parameters(traced: TracedModel) -> list[tuple[frozenset[str], frozenset
     graph = traced.graph.graph
     values: dict[str | None, ir.Value] = {value.name: value for node in graph for value in node.outputs}
     made_of = {  # of each layer what becomes K and V
-        node.attributes["layer"].as_int(): node.inputs[:1] if is_convolution(node) else node.inputs[1:3]
+        node.attributes["layer"].as_int(): (
+            node.inputs[:1] if is_convolution(node) else node.inputs[:3] if is_recurrence(node) else node.inputs[1:3]
+        )
         for node in filter(_keeps_tokens, graph)
     }
 
@@ -277,7 +282,9 @@ def refresh_from_trace(
     model.opset_imports.clear()
     model.opset_imports[""] = OPSET
     model.ir_version = IR_VERSION
-    cache = CacheShape(traced.heads, dtype, kv_dtype)
+    cache = traced.cache(dtype, kv_dtype)
+    if traced.recurrence is not None:
+        model.opset_imports[""] = RECURRENT_OPSET
     io = graph_io(StepKind.REFRESH, plan, cache, traced.hidden_size, traced.vocab_size)
     inputs = {str(value.name): value for value in graph.inputs}
     for spec in io.inputs:
@@ -286,8 +293,13 @@ def refresh_from_trace(
     values = {value.name: value for node in graph for value in node.outputs}
     presents: dict[str, ir.Value] = {"logits": graph.outputs[0]}
     masks = _Masks(inputs, plan)
+    recurrences = None if traced.recurrence is None else Recurrences(inputs, traced.recurrence)
     for node in list(filter(_keeps_tokens, graph)):
         layer, (first, *_) = node.attributes["layer"].as_int(), node.outputs
+        if is_recurrence(node):
+            assert recurrences is not None
+            presents |= recurrences.expand(graph, node)
+            continue
         caches = _entries(graph, layer, inputs, masks, kv_scales or {}, first.type)
         if is_convolution(node):
             made = expand_convolution(graph, node, caches)

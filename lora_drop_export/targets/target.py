@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Manifest, TargetEntry
+from lora_drop_runtime.dtypes import short_name
+from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.console import Console
@@ -57,6 +59,7 @@ class Target(Protocol):
         channel_weights: its graphs may have integers with one scale for a whole row.
         cache_dtypes: of K/V caches of 8 bits → those of activations beside which it takes them.
         scales_per_head: those caches have a scale for each head; else one for each channel is the better for it.
+        recurs: it runs layers with a recurrent state, in float32.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Target(Protocol):
     channel_weights: bool
     cache_dtypes: Mapping[str, tuple[str, ...]]
     scales_per_head: bool
+    recurs: bool
 
     def check(self, options: TargetOptions, targets: Sequence[str]) -> None:
         """Refuse, before anything long begins, options that it cannot build with, or that it alone has where it is not
@@ -127,6 +131,38 @@ class Target(Protocol):
 TARGETS: dict[str, Target] = {
     target.name: target for target in (OrtTarget(), OpenVinoTarget(), TensorRt(), TensorRtRtx())
 }
+
+
+def check_recurrent(targets: Sequence[str], dtype: str, kv_dtype: str | None) -> None:
+    """Refuse what does not go with layers that have a recurrent state.
+
+    Args:
+        dtype: of activations.
+        kv_dtype: of caches of 8 bits.
+
+    Raises:
+        InputError: it does not.
+    """
+    able = [name for name, target in TARGETS.items() if target.recurs]
+    for name in targets:
+        if not TARGETS[name].recurs:
+            raise InputError(
+                f"Target {name} does not run layers with a recurrent state.",
+                note=f"The model's linear attention has one; {', '.join(able)} runs it.",
+                hint=f"Use --target {' or '.join(able)}.",
+            )
+    if dtype != "float32":
+        raise InputError(
+            "Layers with a recurrent state are computed in float32.",
+            note=f"Activations would be {dtype}; the model's linear attention has such a state.",
+            hint="Use --dtype fp32, int8 or int4.",
+        )
+    if kv_dtype is not None:
+        raise InputError(
+            "A model with recurrent states has no caches of 8 bits.",
+            note=f"--kv-dtype is {short_name(kv_dtype)}; its linear attention keeps the last tokens in float32.",
+            hint="Leave --kv-dtype out.",
+        )
 
 
 def build_target(

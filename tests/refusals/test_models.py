@@ -271,7 +271,7 @@ def _unsupported() -> dict[str, tuple[Any, str]]:
                                       is_encoder_decoder=False, is_decoder=True), "cross attention"),
         "bert": (t.BertConfig(**NAMED, num_attention_heads=4), "attention that is not causal"),
         "mamba": (t.MambaConfig(vocab_size=131, hidden_size=64, num_hidden_layers=4), "type linear_attention"),
-        "qwen3_next": (t.Qwen3NextConfig(**TINY, num_experts=0), "type linear_attention"),
+        "minimax": (t.MiniMaxConfig(**TINY), "type linear_attention"),
         "recurrent_gemma": (t.RecurrentGemmaConfig(**no_kv_heads), "type linear_attention"),
         "aya_vision": (t.AyaVisionConfig(text_config=t.Cohere2Config(**TINY)), "a vision or audio tower"),
         "bloom": (t.BloomConfig(vocab_size=131, hidden_size=64, n_layer=4, n_head=4), "ALiBi"),

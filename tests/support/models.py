@@ -290,6 +290,25 @@ def gpt_oss() -> transformers.PreTrainedModel:
     )
 
 
+def qwen3_5(**options: Any) -> transformers.PreTrainedModel:
+    """Gated delta rules, and an attention with a gate in every fourth layer; half of a head turns."""
+    skip_without("Qwen3_5TextConfig")
+    sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
+    sizes |= {"linear_value_head_dim": 24, "head_dim": 16, "tie_word_embeddings": True, "seed": 70}
+    model = build(transformers.Qwen3_5ForCausalLM, transformers.Qwen3_5TextConfig, **{**sizes, **options})
+    return remembering(model)
+
+
+def remembering(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """The same model with gated delta rules that forget half within 3 to 20 tokens."""
+    generator = torch.Generator().manual_seed(71)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):
+                parameter.copy_(-3.5 + 2 * torch.rand(parameter.shape, generator=generator))
+    return model
+
+
 def lfm2(**options: Any) -> transformers.PreTrainedModel:
     """Short convolutions in two of three layers, one of them the last; an epsilon of its norms that matters."""
     own = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "tie_word_embeddings": True}

@@ -6,8 +6,9 @@ slowly. Every token goes through the model's own `forward`, so embedding scaling
 the model's; only two things are exchanged while it runs:
 
 * each decoder layer's `forward`, so that a dropped layer's LoRA step computes the surrogate instead;
-* the attention function, so that K and V lie in plain Python lists with a position beside each entry; and short
-  convolutions, whose inputs lie there in the place of K.
+* the attention function, so that K and V lie in plain Python lists with a position beside each entry; short
+  convolutions, whose inputs lie there in the place of K; and gated delta rules, of which beside the convolution's input
+  the state after each token lies there.
 
 It knows nothing of the product: no graphs, no batches, no capacities, no padding.
 """
@@ -101,6 +102,9 @@ class Row:
                 undo.enter_context(mock.patch.object(layer, "forward", partial(self.run_layer, i, layer.forward)))
                 if hasattr(layer, "conv"):
                     undo.enter_context(mock.patch.object(layer.conv, "forward", partial(convolution, layer.conv)))
+                if hasattr(layer, "linear_attn"):
+                    rule = layer.linear_attn
+                    undo.enter_context(mock.patch.object(rule, "forward", partial(delta_rule, rule, i)))
                 norm = norm_after_attention(layer)
                 if norm is not None:
                     undo.enter_context(norm.register_forward_pre_hook(partial(self.keep_h, i)))
@@ -270,6 +274,39 @@ def convolution(module, hidden_states: Tensor, **_unused) -> Tensor:
         if position - at < size:
             mixed += module.conv.weight[:, 0, size - 1 - (position - at)] * entry
     return module.out_proj(own_gate * mixed)[None, None]
+
+
+def delta_rule(module, layer: int, hidden_states: Tensor, **_unused) -> Tensor:
+    """A gated delta rule (arXiv:2412.06464, Eq. 10) of a new token `[1, 1, d]`, from the state after the last slot."""
+    if not running.attends:
+        return torch.zeros_like(hidden_states)
+    heads, key_heads, key_dim, dim = module.num_v_heads, module.num_k_heads, module.head_k_dim, module.head_v_dim
+    if hasattr(module, "in_proj_qkvz"):
+        projected = module.in_proj_qkvz(hidden_states), module.in_proj_ba(hidden_states)
+        query, key, value, gate, b, a = module.fix_query_key_value_ordering(*projected)
+        new = torch.cat([query.flatten(), key.flatten(), value.flatten()])
+    else:
+        new = module.in_proj_qkv(hidden_states)[0, 0]
+        gate, b, a = (project(hidden_states) for project in (module.in_proj_z, module.in_proj_b, module.in_proj_a))
+    slots, position = running.slots[layer], running.position
+    taps = module.conv1d.weight[:, 0]
+    inputs = [x for _, x, _ in slots[len(slots) - (taps.shape[1] - 1) if len(slots) >= taps.shape[1] else 0 :]] + [new]
+    mixed = sum(taps[:, -n] * x for n, x in enumerate(reversed(inputs), start=1))
+    mixed = torch.nn.functional.silu(mixed)
+    query, key = (part.reshape(key_heads, key_dim) for part in mixed[: 2 * key_heads * key_dim].chunk(2))
+    value = mixed[2 * key_heads * key_dim :].reshape(heads, dim)
+    query, key = (x / torch.sqrt((x**2).sum(-1, keepdim=True) + 1e-6) for x in (query, key))
+    state = slots[-1][2] if slots else torch.zeros(heads, key_dim, dim)
+    decay = torch.exp(-torch.exp(module.A_log) * torch.nn.functional.softplus(a.flatten() + module.dt_bias))
+    strength, after, out = torch.sigmoid(b.flatten()), [], []
+    for head in range(heads):
+        q, k = (x[head // (heads // key_heads)] for x in (query, key))
+        S = decay[head] * state[head]
+        S = S + strength[head] * torch.outer(k, value[head] - S.T @ k)
+        after.append(S)
+        out.append(S.T @ q / key_dim**0.5)
+    slots.append((position, new, torch.stack(after)))
+    return module.out_proj(module.norm(torch.stack(out), gate.reshape(heads, dim)).flatten())[None, None]
 
 
 def run_in_full(row: Row, tokens: Sequence[int]) -> tuple[Row, Tensor]:

@@ -79,10 +79,20 @@ def _targets(manifest: Manifest) -> list[str]:
     return lines
 
 
+def _states(model: ModelFacts) -> str:
+    """Of layers with a recurrent state."""
+    form = model.recurrence
+    if form is None:
+        return ""
+    state = f"{form.heads} × {form.key_dim} × {form.value_dim}"
+    return f", {len(model.recurrent_layers)} layers with states of {state}, convolutions over {form.taps} tokens"
+
+
 def _heads(model: ModelFacts) -> str:
-    """Query and K/V heads; where layers differ, with the values of a head as well, and short convolutions."""
+    """Query and K/V heads; where layers differ, with the values of a head as well, and short convolutions; and layers
+    with a recurrent state."""
     if not model.layer_heads:
-        return f"{model.num_heads}/{model.kv_heads} heads"
+        return f"{model.num_heads}/{model.kv_heads} heads{_states(model)}"
     convolutions = set(model.convolutions)
     kinds = dict.fromkeys(kind for layer, kind in enumerate(model.heads) if layer not in convolutions)
     heads = " and ".join(f"{kind.num_heads}/{kind.kv_heads} of {kind.head_dim}" for kind in kinds)

@@ -30,6 +30,7 @@ class OpenVinoTarget:
     channel_weights = True
     cache_dtypes: Mapping[str, tuple[str, ...]] = MappingProxyType({"int8": ("float32",)})
     scales_per_head = False
+    recurs = False
 
     def check(self, options: object, targets: Sequence[str]) -> None:
         """Nothing of the options is its own; verification runs on OpenVINO."""

@@ -32,6 +32,8 @@ packs a second one, and no If keeps the provider from capturing a step as a CUDA
     13. a mixture of experts    → MoE, or QMoE where it is quantized (experts.py)
     14. attention sinks         → GroupQueryAttention's head_sink; it is not folded then
     15. comparisons in bfloat16 → in float32
+    16. LinearAttention and     → com.microsoft's, with channels last
+        CausalConvWithState
 
 Requires: the form that graphs/ makes. Ensures: no Attention or mask remains, and a TensorScatter without an
 attention only where a LoRA step writes a dropped attention's cache (`fill`), or where that is dead: before a dropped
@@ -62,6 +64,7 @@ from .join import joined
 from .lengths import Lengths
 from .linears import MICROSOFT, fuse_linears, linear_product, lower_lookup
 from .packing import Packing, keep_idle_caches, keep_idle_states
+from .recurrence import lower_recurrences, take_tokens
 from .rotations import Rotations
 from .rows import Rows
 
@@ -78,6 +81,8 @@ def lower_step(proto: onnx.ModelProto, max_positions: int, ragged: bool = False)
     model.opset_imports[MICROSOFT] = 1
     lengths = Lengths(graph, ragged)
     packing = None
+    if lengths.new_tokens is not None:
+        take_tokens(graph, lengths.new_tokens)
     if lengths.new_tokens is not None and "logits_index" in lengths.inputs:
         packing = Packing(graph, lengths.new_tokens)
     sinks = take_sinks(graph)
@@ -111,6 +116,8 @@ def lower_step(proto: onnx.ModelProto, max_positions: int, ragged: bool = False)
     RemoveUnusedNodesPass()(model)
     if packing is not None:
         packing.convolve(graph)
+        packing.recur(graph)
+    lower_recurrences(model)
     fuse_elementwise(graph)
     compare_in_float32(graph)
     float32_logits(graph)

@@ -19,6 +19,7 @@ from lora_drop_runtime.bundle.graph_io import PACKED_STEP
 
 from lora_drop_export.graphs.convolutions import convolutions
 from lora_drop_export.graphs.nodes import Ops, replace_node
+from lora_drop_export.graphs.recurrences import reads_rows, recurrences
 
 LEAD = ("lead", "tokens")  # 1, T in a packed step; else B, S
 
@@ -98,7 +99,7 @@ class Packing:
         for results in (packed, whole):
             for value, outer in zip(results, made.outputs, strict=True):
                 value.type, value.shape = outer.type, outer.shape
-        own = {*plain.nodes, *then.nodes, *other.nodes}
+        own = {*plain.nodes, *then.nodes, *other.nodes, *filter(reads_rows, graph)}
         graph.insert_before(graph[0], [*plain.nodes, made])
         self._gather_states(graph, index, own)
         _use_instead(index, self.index, own)
@@ -165,6 +166,24 @@ class Packing:
         graph.extend(ops.nodes)
         graph.outputs[0] = whole
 
+    def _as_tokens(self, graph: ir.Graph, node: ir.Node) -> None:
+        """What a node gives of chunks, for all that reads it."""
+        whole, ops = node.outputs[0], Ops()
+        tokens = self.tokens(ops, whole)
+        tokens.type, tokens.shape = whole.type, whole.shape
+        _use_instead(whole, tokens, {*ops.nodes})
+        graph.insert_after(node, ops.nodes)
+
+    def recur(self, graph: ir.Graph) -> None:
+        """Gated delta rules over chunks, as attention is."""
+        for one in recurrences(graph):
+            entries, ops = one.entries.outputs[0], Ops()
+            chunks = self.chunks(ops, entries)
+            assert chunks is not None
+            _use_instead(entries, chunks, {*ops.nodes})
+            graph.insert_after(one.entries, ops.nodes)
+            self._as_tokens(graph, one.mixed)
+
     def convolve(self, graph: ir.Graph) -> None:
         """Convolutions [B, S, d] over chunks, as attention is; the tokens that there are join their caches."""
         for one in convolutions(graph):
@@ -172,11 +191,7 @@ class Packing:
             chunks = self.chunks(ops, new)
             graph.insert_before(one.join, ops.nodes)
             one.join.replace_input_with(1, chunks)
-            whole, ops = one.sum.outputs[0], Ops()
-            tokens = self.tokens(ops, whole)
-            tokens.type, tokens.shape = whole.type, whole.shape
-            _use_instead(whole, tokens, {*ops.nodes})
-            graph.insert_after(one.sum, ops.nodes)
+            self._as_tokens(graph, one.sum)
         for write in [node for node in graph if node.op_type == "TensorScatter"]:
             past, entries, length = write.inputs
             ops = Ops()

@@ -45,6 +45,7 @@ class OrtTarget:
     channel_weights = False  # its operator wants blocks of a power of two
     cache_dtypes: Mapping[str, tuple[str, ...]] = MappingProxyType({"int8": MODEL_DTYPES})
     scales_per_head = False
+    recurs = True
 
     def check(self, options: object, targets: Sequence[str]) -> None:
         """Nothing of the options is its own; lowering computes with ONNX Runtime, and verification runs on it."""

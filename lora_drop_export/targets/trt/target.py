@@ -126,6 +126,7 @@ class TrtTarget:
     channel_weights = False
     cache_dtypes: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     scales_per_head = True
+    recurs = False
 
     def form(self, options: TrtOptions) -> str:
         return options.attention or self.default_form

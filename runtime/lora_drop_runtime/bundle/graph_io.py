@@ -6,10 +6,13 @@ The exporter declares its graphs from this table and the session binds its buffe
     graph    inputs                                              outputs
     refresh  input_ids len_kept [len_dropped] logits_index       logits
              past_key.i past_value.i          for every layer    present_key.i present_value.i
+             past_recent.i past_recurrence.i [len_state]  r.  present_recent.i present_recurrence.i
                                                                  present_state.s  (all forms but residual)
     lora     input_ids len_kept [len_dropped]                    logits
              past_key.i past_value.i     for kept attentions,    present_key.i present_value.i
                                          for all under `fill`
+             past_recent.i [len_state]                       r.  present_recent.i
+             past_recurrence.i             for kept layers   r.
              past_state.s (all forms but residual)               present_state.s  (recurrent, with an adapter)
 
 A cache belongs to the group `kept` or `dropped` by whether its layer's attention is dropped. `len_kept` and
@@ -24,6 +27,13 @@ each of the lengths a scalar `total_kept` or `total_dropped`, and `last_kept` or
 both steps the scalar `lora_step`; where rows may have different numbers of new tokens, also `new_tokens` and
 `packed_step`. Weights that are inputs of an engine are not in this table but in the target's own (`WeightInput` in
 bundle.py).
+
+Layers with a recurrent state (r.) have no K and V. `past_recurrence` is their state after the first `len_state` tokens
+of a row, zeros after none; `past_recent` holds the entries of the last tokens, that of position p in slot p modulo
+`Recurrence.recent`, and one slot more for what nobody reads. Both steps write entries; the state of those tokens that
+are not in `past_recurrence` they make of the entries. A refresh leaves the state after all its tokens in
+`present_recurrence`, which is not `past_recurrence` in place: those whose tokens it ran may be run again from there. Of
+`len_kept` − `len_state` tokens before it a step takes `MOST_PENDING` at most.
 
 Rows may have different numbers of new tokens where an engine says so. The last entry of a row of `logits_index` is its
 last new token, what follows it in `input_ids` is padding; −1 says that the row stands still: no cache and no state of
@@ -79,16 +89,56 @@ class Heads:
     head_dim: int
 
 
+MOST_PENDING = 32  # tokens of a row that are not in a recurrent state yet
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """Of a layer with a recurrent state, a gated delta rule, in the place of attention.
+
+    Attributes:
+        channels: of q, k and v together, which a convolution over `taps` tokens mixes.
+        key_heads, key_dim: of q and k.
+        heads, key_dim, value_dim: of the state.
+    """
+
+    channels: int
+    taps: int
+    key_heads: int
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def entry(self) -> int:
+        """Values that are kept of a token until it is in the state: its channels, and decay and β of each head."""
+        return self.channels + 2 * self.heads
+
+    @property
+    def recent(self) -> int:
+        """Tokens of which that is kept: those that may not be in the state, and what the convolution mixes with
+        them."""
+        return MOST_PENDING + self.taps - 1
+
+    @property
+    def row_values(self) -> int:
+        """Values of a row: its state twice, and what is kept of its last tokens."""
+        return 2 * self.heads * self.key_dim * self.value_dim + (self.recent + 1) * self.entry
+
+
 @dataclass(frozen=True)
 class CacheShape:
     """What the entries of the K/V caches are: those of a layer have its `kv_heads` heads of `head_dim` values.
 
-    `dtype` (a numpy/ONNX name) is that of activations and states, and of the entries where `kv_dtype` is None.
+    `dtype` (a numpy/ONNX name) is that of activations and states, and of the entries where `kv_dtype` is None. The
+    `recurrent_layers` have a `recurrence` instead.
     """
 
     heads: tuple[Heads, ...]
     dtype: str
     kv_dtype: str | None = None
+    recurrence: Recurrence | None = None
+    recurrent_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -156,7 +206,19 @@ def graph_io(
     if refresh:
         inputs.append(TensorSpec("logits_index", "int64", ("batch", "rows")))
     dropped, entry = set(plan.dropped_attentions), cache.kv_dtype or cache.dtype
+    if cache.recurrence is not None and cache.recurrent_layers:
+        inputs.append(TensorSpec("len_state", "int64", ("batch",)))
     for layer in range(plan.num_layers) if refresh or fills else plan.kept_attentions:
+        if cache.recurrence is not None and layer in cache.recurrent_layers:
+            form = cache.recurrence
+            recent, state = ("batch", form.recent + 1, form.entry), ("batch", form.heads, form.key_dim, form.value_dim)
+            inputs.append(TensorSpec(f"past_recent.{layer}", cache.dtype, recent))
+            outputs.append(TensorSpec(f"present_recent.{layer}", cache.dtype, recent, f"past_recent.{layer}"))
+            if refresh or layer not in dropped:
+                inputs.append(TensorSpec(f"past_recurrence.{layer}", "float32", state))
+            if refresh:
+                outputs.append(TensorSpec(f"present_recurrence.{layer}", "float32", state))
+            continue
         slots = "slots_dropped" if layer in dropped else "slots_kept"
         heads = cache.heads[layer]
         head_dim = heads.head_dim if lowered is None else lowered.padded(heads.head_dim)

@@ -12,7 +12,7 @@ from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
 
-from .graph_io import CacheShape, GraphIO, Heads, LoweredIO, graph_io
+from .graph_io import CacheShape, GraphIO, Heads, LoweredIO, Recurrence, graph_io
 
 FORMAT_VERSION = 5
 MANIFEST_NAME = "lora_drop.json"
@@ -34,8 +34,10 @@ class ModelFacts:
     there is a `kv_dtype`, of caches; `weight_dtype` is one of `QUANTIZED_DTYPES` where linear layers are quantized; the
     byte counts are as stored in the bundle. Of `layer_bytes`, `attention_bytes` are those of the attention's half, and
     of these `kv_bytes` what makes K and V of the layer's input; 0 where a layer has no halves. `layer_heads` has an
-    entry for each layer where they differ in their heads; the three figures of all layers are the first one's then. Of
-    a mixture, `expert_bytes` of each layer are those of its experts, of which a token reads the share `expert_share`.
+    entry for each layer where they differ in their heads; the three figures of all layers are the first one's then.
+    Where there is a `recurrence`, the `recurrent_layers` have it in the place of attention, and their entry in
+    `layer_heads` means nothing; in `windows` they have the tokens that its convolution mixes. Of a mixture,
+    `expert_bytes` of each layer are those of its experts, of which a token reads the share `expert_share`.
     """
 
     name: str
@@ -60,6 +62,8 @@ class ModelFacts:
     layer_heads: tuple[Heads, ...] = ()
     expert_bytes: tuple[int, ...] = ()
     expert_share: float = 1.0
+    recurrence: Recurrence | None = None
+    recurrent_layers: tuple[int, ...] = ()
 
     @property
     def heads(self) -> tuple[Heads, ...]:
@@ -68,7 +72,7 @@ class ModelFacts:
 
     @property
     def cache(self) -> CacheShape:
-        return CacheShape(self.heads, self.dtype, self.kv_dtype)
+        return CacheShape(self.heads, self.dtype, self.kv_dtype, self.recurrence, self.recurrent_layers)
 
     @property
     def weight_bytes(self) -> int:
@@ -90,10 +94,16 @@ class ModelFacts:
         pairs = enumerate(zip(self.heads, self.windows, strict=True))
         return tuple(layer for layer, (heads, window) in pairs if heads == halves and window)
 
+    @property
+    def recurrent_row_bytes(self) -> int:
+        """Bytes that a row has in the layers with a recurrent state, however long it is."""
+        values = 0 if self.recurrence is None else len(self.recurrent_layers) * self.recurrence.row_values
+        return values * BY_NAME[self.dtype].size_bytes
+
     def token_kv_bytes(self, layers: Iterable[int]) -> int:
-        """Bytes of one token's K and V in these layers."""
+        """Bytes of one token's K and V in these layers; those with a recurrent state have none."""
         heads = self.heads
-        values = sum(heads[layer].kv_heads * heads[layer].head_dim for layer in layers)
+        values = sum(heads[n].kv_heads * heads[n].head_dim for n in layers if n not in self.recurrent_layers)
         return 2 * values * BY_NAME[self.kv_dtype or self.dtype].size_bytes
 
 
@@ -359,7 +369,11 @@ class Manifest:
     def to_json(self) -> str:
         data = dataclasses.asdict(self)
         data["targets"] = {name: _entry_to_dict(entry) for name, entry in self.targets.items()}
-        for name in ("calibration", "lora_steps"):
-            if not data[name]:
-                del data[name]
+        for holder, names in (
+            (data, ("calibration", "lora_steps")),
+            (data["model"], ("recurrence", "recurrent_layers")),
+        ):
+            for name in names:
+                if not holder[name]:
+                    del holder[name]
         return json.dumps(data, indent=1) + "\n"

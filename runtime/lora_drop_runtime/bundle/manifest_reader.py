@@ -5,6 +5,7 @@ Enters: what anybody may have written. Leaves: a manifest, or a BundleError that
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,12 @@ def _check_model(model: ModelFacts) -> None:
         raise ValueError("model.layer_bytes are all 0")
     for n, heads in enumerate(model.layer_heads):
         _check_positive(f"model.layer_heads[{n}]", heads, "num_heads", "kv_heads", "head_dim")
+    if (model.recurrence is None) != (not model.recurrent_layers):
+        raise ValueError("model.recurrence and model.recurrent_layers are not there together")
+    if any(not 0 <= layer < model.num_layers for layer in model.recurrent_layers):
+        raise ValueError(f"model.recurrent_layers names layers that the model does not have; it has {model.num_layers}")
+    if model.recurrence is not None:
+        _check_positive("model.recurrence", model.recurrence, *(f.name for f in dataclasses.fields(model.recurrence)))
     _check_one_of("model.dtype", model.dtype, MODEL_DTYPES)
     _check_one_of("model.weight_dtype", model.weight_dtype, MODEL_DTYPES + QUANTIZED_DTYPES)
     _check_one_of("model.kv_dtype", model.kv_dtype, (None, *CACHE_DTYPES))

@@ -574,7 +574,7 @@ class Batch:
     def _is_being_run(self, row: Row, begin: Sequence[Row] = ()) -> bool:
         """Whether a row's prompt will soon have more entries to begin with than now, by the rows that run and by others
         that begin."""
-        if self._prefixes is None:
+        if self._prefixes is None or not self._prefixes.of_all:
             return False
         tokens = row.reusable
         soon = max([common(one.will_run, tokens) for one in [*self._rows, *begin] if one.is_new], default=0)

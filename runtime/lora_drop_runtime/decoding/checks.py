@@ -129,6 +129,14 @@ def forgotten(row: int, length: int, tokens: int) -> InputError:
     )
 
 
+def states_are_ahead(row: int, length: int, tokens: int) -> InputError:
+    return InputError(
+        "The model's recurrent states do not go back that far.",
+        note=f"Row {row} has {tokens} tokens, of which {length} would stay; the states have later ones.",
+        hint="Begin a new request; or fork the session before that refresh.",
+    )
+
+
 def interrupted_cycle() -> InputError:
     return InputError(
         "A cycle on the device was interrupted as it was begun.",

@@ -40,9 +40,14 @@ class Kept(Generic[Place]):
 
 
 class Prefixes(ABC, Generic[Place]):
-    """K/V of rows, by their tokens."""
+    """K/V of rows, by their tokens.
 
-    def __init__(self) -> None:
+    Args:
+        of_all: whether a row that runs has what belongs to each of its first tokens; else only of all of them.
+    """
+
+    def __init__(self, of_all: bool = True) -> None:
+        self.of_all = of_all
         self._kept: list[Kept[Place]] = []  # the least recently used first
 
     def longest(self, tokens: Ids, running: Sequence[Ids]) -> tuple[int, int | Kept[Place] | None]:
@@ -219,11 +224,11 @@ class SlotPrefixes(Prefixes[int]):
     """
 
     def __init__(self, slots: Slots, count: int) -> None:
-        super().__init__()
+        super().__init__(of_all=not slots.have_recurrent_states)
         self._slots, self._count = slots, count
 
     def _see_enough(self, place: int | Kept[int], count: int) -> bool:
-        return True
+        return self._slots.goes_back(place if isinstance(place, int) else place.place, count, count)
 
     def begin(self, slot: int, slots: Mapping[str, int], back: int | None, tokens: Ids, running: Sequence[Ids]) -> int:
         count, source = self.longest(tokens, running)
@@ -244,7 +249,9 @@ class SlotPrefixes(Prefixes[int]):
             else:
                 self._slots.copy(self._slots, slot, free, len(there.tokens), len(there.tokens))
                 there.place = free
-        if place != slot:
+        if not count:
+            self._slots.admit(slot, slots, back)
+        elif place != slot:
             self._slots.copy(self._slots, place, slot, count, count)
         return count
 

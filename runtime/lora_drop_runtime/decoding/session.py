@@ -466,8 +466,8 @@ class Session:
                 stays as it is.
 
         Raises:
-            InputError: no running request, a number below 1, one that layers have forgotten what they need of, or a
-                stream is reading the request.
+            InputError: no running request, a number below 1, one that layers have forgotten what they need of, or that
+                recurrent states are ahead of, or a stream is reading the request.
         """
         self._usage.enter()
         try:
@@ -477,7 +477,10 @@ class Session:
             lengths = checks.lengths_that_stay(tokens, [len(row) for row in request.tokens])
             for row, length in enumerate(lengths):
                 if not request.goes_back(row, length):
-                    raise checks.forgotten(row, length, len(request.tokens[row]))
+                    no_way = (
+                        checks.states_are_ahead if self.bundle.manifest.model.recurrent_layers else checks.forgotten
+                    )
+                    raise no_way(row, length, len(request.tokens[row]))
             request.truncate(lengths)
             self._lossless = None
         finally:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.graph_io import MOST_PENDING
 from lora_drop_runtime.bundle.manifest import Manifest
 from lora_drop_runtime.engines.engine import (
     Array,
@@ -30,6 +31,7 @@ from lora_drop_runtime.engines.engine import (
     DeviceBuffer,
     Step,
 )
+from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -83,6 +85,96 @@ def valid_kv_bytes(manifest: Manifest, kept: int, dropped: int) -> dict[str, int
     }
 
 
+class _RecurrentStates:
+    """Which tokens are in the recurrent states of rows, where layers have any; else nothing.
+
+    A refresh reads one side of the states and writes the other, of all rows: those that stand still are copied there.
+    So the side that it has read is as it was, and what is interrupted before it was counted can be repeated.
+
+    Attributes:
+        tokens: of each slot, those that are in its states.
+        side: of the buffers, which the next run reads.
+    """
+
+    def __init__(self, buffers: RowBuffers, count: int) -> None:
+        self._held = buffers
+        self._there = bool(buffers.recent)
+        self.tokens, self.side = [0] * count, 0
+        self._sides = [0] * count  # where the states of each slot are, those of no row as well
+        self._before: list[int] = []  # tokens of the rows on the other side, where it is as before the latest run
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        return [one for held in (self._held.recent, *self._held.recurrences) for one in held.values()]
+
+    def goes_back(self, slot: int, kept: int) -> bool:
+        """Whether a row may go on behind so many tokens: its states are of no later one."""
+        return not self._there or kept >= self.tokens[slot]
+
+    def ready(self, kind: StepKind, runs: Sequence[Run], due: Collection[int]) -> None:
+        """Before a run. Raises InputError where too many LoRA steps follow each other."""
+        if not self._there:
+            return
+        if any(runs[slot].kept < self.tokens[slot] for slot in due):  # the latest run was not counted
+            assert self._before, "the states of a row are ahead of it"
+            self.side = 1 - self.side
+            for slot, tokens in enumerate(self._before):
+                self.tokens[slot], self._sides[slot] = tokens, self.side
+        most = max(runs[slot].kept - self.tokens[slot] for slot in due)
+        if most + (kind is StepKind.LORA) > MOST_PENDING:
+            raise InputError(
+                "Too many LoRA steps follow each other.",
+                note=f"They are {most + 1}; layers with a recurrent state take {MOST_PENDING} between two refreshes.",
+                hint=f"Use k of {MOST_PENDING} or less.",
+            )
+        if kind is StepKind.REFRESH:
+            self._before = []  # until it has run
+        for slot in range(len(runs)):
+            if self._sides[slot] != self.side:
+                self._copy(self._held.recurrences[self._sides[slot]], slot, self._held.recurrences[self.side], slot)
+                self._sides[slot] = self.side
+
+    def ran(self, rows: int, runs: Mapping[int, Run]) -> None:
+        """A refresh of the rows in the first slots has run the tokens of some, and those that were not in their
+        states."""
+        if not self._there:
+            return
+        before = self.tokens[:rows]
+        self.side = 1 - self.side
+        self._sides[:rows] = [self.side] * rows
+        for slot, run in runs.items():
+            self.tokens[slot] = run.kept + len(run.tokens)
+        self._before = before
+
+    def begin(self, slot: int) -> None:
+        """A row begins, with states of no token: zeros."""
+        self._before = []
+        self.tokens[slot], self._sides[slot] = 0, self.side
+        for state in self._held.recurrences[self.side].values():
+            self._held.engine.zero(state[slot : slot + 1])
+
+    def copy(self, other: _RecurrentStates, source: int, target: int) -> None:
+        """Take a row's states, and the entries of its last tokens, from a slot of these or of other ones."""
+        self._before = []
+        self._copy(other._held.recent, source, self._held.recent, target)
+        self._copy(other._held.recurrences[other._sides[source]], source, self._held.recurrences[self.side], target)
+        self.tokens[target], self._sides[target] = other.tokens[source], self.side
+
+    def _copy(self, before: Mapping[str, Buffer], source: int, after: Mapping[str, Buffer], target: int) -> None:
+        for name, buffer in after.items():
+            self._held.engine.copy(before[name][source : source + 1], buffer[target : target + 1], None)
+
+    def exchange(self, one: int, other: int) -> None:
+        """Let two slots exchange theirs, in the host's memory."""
+        self._before = []
+        for held in (self._held.recent, *self._held.recurrences):
+            for buffer in held.values():
+                assert isinstance(buffer, np.ndarray)
+                buffer[[one, other]] = buffer[[other, one]]
+        for said in (self.tokens, self._sides):
+            said[one], said[other] = said[other], said[one]
+
+
 class Slots:
     """Memory for `count` rows, allocated once.
 
@@ -100,28 +192,35 @@ class Slots:
         self._aside: dict[str, Buffer] = {}  # states of rows that stand still in an engine where none does
         self._dropped = set(self._plan.dropped_attentions)
         self._most_kept, self._most_dropped = self._capacities()
-        self._lengths = {name: engine.allocate(name, (count,), "int64") for name in ("len_kept", "len_dropped")}
-        self._kept_now, self._dropped_now = (lengths.data for lengths in self._lengths.values())
+        names = ("len_kept", "len_dropped", "len_state")
+        self._lengths = {name: engine.allocate(name, (count,), "int64") for name in names}
+        self._kept_now, self._dropped_now, self._state_now = (lengths.data for lengths in self._lengths.values())
+        self._states = _RecurrentStates(self.buffers, count)
         self._most_verified = engine.verified_tokens or self._most_kept
         self._idle = -1 if engine.idle_rows else 0  # the place of a row that stands still
         self._side = self._written_side = 0  # of the states: what the next run reads, and what the latest one wrote
         self._outputs: dict[int, tuple[Buffer, Ids]] = {}  # of all slots, by how many a row wants; read before the next
         self._several: Array | None = None  # the host's memory of those of more than one, which take turns in it
-        self._prepared: dict[tuple[StepKind, int, int, int, int, int], _Prepared] = {}
+        self._prepared: dict[tuple[StepKind, int, int, int, int, int, int], _Prepared] = {}
         self._wanted = 1  # of the latest run
         self._keeps = True  # what is prepared now
         self._parts: Logits | None = None  # of the latest run, where it took several calls
         self._output(1)  # every request wants them, and nothing else is in their way once it has begun
 
     @property
+    def have_recurrent_states(self) -> bool:
+        """Whether layers have a state of all of a row's tokens, and not of each of its first ones."""
+        return bool(self.buffers.recent)
+
+    @property
     def nbytes(self) -> int:
         """Of caches and states."""
         held = {id(one): one for states in self.buffers.states for one in states.values()}
-        return sum(one.nbytes for one in (*self.buffers.caches.values(), *held.values()))
+        return sum(one.nbytes for one in (*self.buffers.caches.values(), *held.values(), *self._states.buffers))
 
     def kv_bytes(self, kept: int, dropped: int) -> dict[str, int]:
-        """Bytes of so many valid entries in kept and in dropped layers, and of all K/V buffers."""
-        allocated = sum(buffer.nbytes for buffer in self.buffers.caches.values())
+        """Bytes of so many valid entries in kept and in dropped layers, and of all K/V buffers and recurrent states."""
+        allocated = sum(buffer.nbytes for buffer in (*self.buffers.caches.values(), *self._states.buffers))
         return valid_kv_bytes(self.buffers.bundle.manifest, kept, dropped) | {"allocated": allocated}
 
     def bytes_of(self, slots: Mapping[str, int], back: int | None) -> int:
@@ -130,10 +229,11 @@ class Slots:
 
     def goes_back(self, slot: int, kept: int, dropped: int) -> bool:
         """Whether a row may go on behind so many of its entries."""
-        return True
+        return self._states.goes_back(slot, kept)
 
     def admit(self, slot: int, slots: Mapping[str, int], back: int | None) -> None:
         """A row begins; its memory is there."""
+        self._states.begin(slot)
 
     def release(self, slot: int) -> None:
         """A row is over."""
@@ -155,6 +255,7 @@ class Slots:
         width = 1 if kind is StepKind.LORA else max([len(runs[slot].tokens) for slot in due])
         self._wanted = 1 if width == 1 else max([runs[slot].wanted for slot in due])
         self._parts = None
+        self._states.ready(kind, runs, due)
         double = self.buffers.are_double
         if double:
             self._choose_side(kind, runs)
@@ -190,7 +291,7 @@ class Slots:
     def wipe(self, slot: int) -> None:
         """Forget what a row has left that had logits which are no numbers. Attention of some engines multiplies slots
         behind a row's length by 0, and 0 · NaN is NaN: whoever came after it would have none either."""
-        for held in (self.buffers.caches, *self.buffers.states):
+        for held in (self.buffers.caches, *self.buffers.states, self.buffers.recent, *self.buffers.recurrences):
             for buffer in held.values():
                 self._engine.zero(buffer[slot : slot + 1])
 
@@ -206,6 +307,7 @@ class Slots:
         for name, state in self.buffers.states[self._side].items():
             before = other.buffers.states[other._side][name]
             self._engine.copy(before[source : source + 1], state[target : target + 1], None)
+        self._states.copy(other._states, source, target)
 
     def exchange(self, one: int, other: int, ones: int, others: int) -> None:
         """Let two slots of no row exchange so many entries of all layers, in the host's memory. An interrupt leaves
@@ -215,6 +317,7 @@ class Slots:
             aside = cache[one, :, :ones].copy()
             cache[one, :, :others] = cache[other, :, :others]
             cache[other, :, :ones] = aside
+        self._states.exchange(one, other)
 
     def has_memory_of(self, other: Slots) -> bool:
         """Whether the caches lie where those of other slots lie, row for row."""
@@ -351,9 +454,10 @@ class Slots:
         """Bind and run the rows of some slots. Plain Python writes single values: after a step that has streamed all
         weights, numpy's own code has left the CPU's caches."""
         wanted = self._wanted
-        prepared = self._prepared.get((kind, first, end, width, wanted, self._side))
+        key = kind, first, end, width, wanted, self._side, self._states.side
+        prepared = self._prepared.get(key)
         if prepared is None:
-            prepared = self._prepare(kind, first, end, width, wanted, self._side)
+            prepared = self._prepare(*key)
         ids, index = prepared.id_view, prepared.index_view
         if width > 1:
             prepared.ids[:] = 0
@@ -365,6 +469,7 @@ class Slots:
             elif slot not in due:  # and behind what it is to run again
                 kept, dropped = kept + last, dropped + last
             self._kept_now[slot], self._dropped_now[slot] = kept, dropped
+            self._state_now[slot] = self._states.tokens[slot] if slot in due else kept
             if slot not in due:
                 for place in range(wanted):
                     index[row, place] = self._idle
@@ -376,6 +481,8 @@ class Slots:
             for place in range(wanted):
                 index[row, place] = min(place, last) if each else last
         prepared.step()
+        if kind is StepKind.REFRESH:
+            self._states.ran(len(runs), {slot: runs[slot] for slot in due})
 
     def _capacities(self) -> tuple[int, int]:
         """Slots of kept and of dropped layers."""
@@ -413,7 +520,9 @@ class Slots:
             self._outputs[wanted] = logits, tokens
         return self._outputs[wanted]
 
-    def _prepare(self, kind: StepKind, first: int, end: int, width: int, wanted: int, side: int) -> _Prepared:
+    def _prepare(
+        self, kind: StepKind, first: int, end: int, width: int, wanted: int, side: int, recurrent: int
+    ) -> _Prepared:
         engine, states, rows = self._engine, self.buffers.states, slice(first, end)
         sizes = {"input_ids": (end - first, width), "logits_index": (end - first, wanted)}
         ids, index = (
@@ -426,10 +535,10 @@ class Slots:
         inputs: dict[str, Array] = {"input_ids": ids, "logits_index": index}
         inputs |= {name: lengths[rows] for name, lengths in self._lengths.items()}
         after = states[1 - side] if kind is StepKind.LORA else states[side]
-        bound = self.buffers.bindings(kind, rows, inputs, logits[rows], tokens[rows], states[side], after)
+        bound = self.buffers.bindings(kind, rows, inputs, logits[rows], tokens[rows], states[side], after, recurrent)
         found = _Prepared(ids, ids.data, index.data, engine.prepare(kind, *bound))
         if self._keeps:
-            self._prepared[kind, first, end, width, wanted, side] = found
+            self._prepared[kind, first, end, width, wanted, side, recurrent] = found
             if len(self._prepared) > _PREPARED:
                 del self._prepared[next(iter(self._prepared))]
         return found

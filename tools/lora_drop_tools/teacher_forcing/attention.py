@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_drop_export.decoder.attention_interface import AttentionCall, register_attention
 from lora_drop_export.decoder.convolutions import ConvolutionCall, exchange_convolutions
+from lora_drop_export.decoder.recurrences import RecurrenceCall, exchange_recurrences, shifted_window
 
 ATTENTION_NAME = "lora_drop_teacher_forcing"
 
@@ -26,6 +27,7 @@ class Attention:
         last_visible: of the memory, for each query; [S].
         seen: K and V of the layer's own tokens, [B, Hkv, S, D].
         window: positions of a sliding window, 0 for none.
+        shifted_window: positions that a hole would shift.
         masks: those that were made before.
     """
 
@@ -35,6 +37,7 @@ class Attention:
     last_visible: Any = None
     seen: tuple[Any, Any] | None = None
     window: int = 0
+    shifted_window: int = 0
     masks: dict[Any, Any] | None = None
 
 
@@ -62,17 +65,17 @@ def _mask(state: Attention) -> Any:
     return state.masks[key]
 
 
-def _attend(call: AttentionCall | ConvolutionCall) -> Any:
+def _attend(call: AttentionCall | ConvolutionCall | RecurrenceCall) -> Any:
     """Attention of tokens [B, H, S, D] to the memory as far as each may see it, and causally to each other."""
     import torch
 
     key, value = call.key, call.value
     state = _running
-    state.seen, state.window = (key, value), call.window
+    state.seen, state.window, state.shifted_window = (key, value), call.window, shifted_window(call)
     causal = state.memory is None and not call.window
     if state.memory is not None:
         key, value = (torch.cat(pair, dim=2) for pair in zip(state.memory, (key, value), strict=True))
-    if isinstance(call, ConvolutionCall) or not call.is_plain:
+    if not isinstance(call, AttentionCall) or not call.is_plain:
         return call.mixed(key, value, _mask(state)).contiguous()
     query, group = call.query, call.query.shape[1] // key.shape[1]
     if group > 1:
@@ -87,6 +90,7 @@ def exchange_attention(model: Any) -> None:
     register_attention(ATTENTION_NAME, _attend)
     model.set_attn_implementation(ATTENTION_NAME)
     exchange_convolutions(model)
+    exchange_recurrences(model)
 
 
 def begin(state: Attention) -> None:

@@ -119,7 +119,7 @@ class TeacherForcing:
         return self._record(ids, torch.arange(ids.shape[1], device=self.device))[0]
 
     def windows(self) -> tuple[int, ...]:
-        """Each layer's sliding window in positions, 0 for none; as its attention function is told."""
+        """Each layer's sliding window in positions, or its convolution's, 0 for none; as its attention is told."""
         import torch
 
         ids = torch.zeros((1, 2), dtype=torch.int64, device=self.device)
@@ -128,7 +128,7 @@ class TeacherForcing:
             for index in range(len(self)):
                 state = Attention(torch.arange(2, device=self.device))
                 hidden = self._run(index, hidden, state)[0]
-                found.append(state.window)
+                found.append(state.shifted_window)
         return tuple(found)
 
     def exact_layer(self, index: int, hidden: Any) -> ExactLayer:

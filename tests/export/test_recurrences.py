@@ -1,0 +1,236 @@
+"""Gated delta rules of Qwen3.5 and Qwen3-Next: on ONNX Runtime, layers of every kind dropped, against the oracle."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers
+from lora_drop_runtime import Batch, Session
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.graph_io import MOST_PENDING
+from lora_drop_runtime.decoding.request import Request
+from lora_drop_runtime.errors import InputError
+from lora_drop_tools.inspect import describe
+from transformers import PreTrainedModel
+
+from lora_drop_export.check.verify import compare
+from tests.export.test_against_oracle import PROMPTS, assert_same_run
+from tests.support import oracle
+from tests.support.bundles import Family, make_adapted_bundle, make_bundle, oracle_plan, traced_family, traced_model
+from tests.support.models import build, quartered, qwen3_5, remembering, skip_without
+
+LONG = [list(range(3, 3 + 40)), [5], list(range(60, 60 + 33))]
+ANY: dict[str, Any] = {"always_first": 0, "always_last": 0}
+
+
+@functools.cache
+def eight() -> Family:
+    return traced_family("qwen3_5", qwen3_5(), "float32")
+
+
+def qwen3_next() -> PreTrainedModel:
+    """q, k, v and a gate in one product; experts behind each layer."""
+    own: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    own |= {"shared_expert_intermediate_size": 32, "num_hidden_layers": 4, "linear_num_key_heads": 2}
+    own |= {"linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    return remembering(build(transformers.Qwen3NextForCausalLM, transformers.Qwen3NextConfig, seed=72, **own))
+
+
+def qwen3_5_moe() -> PreTrainedModel:
+    skip_without("Qwen3_5MoeTextConfig")
+    own: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    own |= {"shared_expert_intermediate_size": 32, "num_hidden_layers": 4, "linear_num_key_heads": 4}
+    own |= {"linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    return remembering(build(transformers.Qwen3_5MoeForCausalLM, transformers.Qwen3_5MoeTextConfig, seed=73, **own))
+
+
+@pytest.mark.parametrize("make", [qwen3_5, qwen3_next, qwen3_5_moe])
+def test_oracle(make: Any) -> None:
+    """Its delta rule is transformers' own."""
+    model, tokens = quartered(make()), torch.arange(3, 20)
+    logits = oracle.decode_row(model, oracle.OraclePlan(()), tokens[:4].tolist(), tokens[4:].tolist(), 2)
+    with torch.no_grad():
+        whole = model(tokens[None], use_cache=False).logits[0, 3:]
+    assert (torch.stack(logits) - whole).abs().max() < 3e-5 * whole.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("policy", "surrogate", "sites"),
+    [
+        ("backfill", "residual", ("0", "3", "4")),
+        ("backfill", "recurrent", ("1.attn", "3.mlp", "4", "7.attn")),
+        ("fill", "anchor", ("1", "2.attn", "3.attn", "5.mlp")),
+        ("skip", "residual", ("1.mlp", "3", "7.attn")),
+    ],
+)
+def test_plan(policy: str, surrogate: str, sites: tuple[str, ...], tmp_path: Path) -> None:
+    """Prompts are ragged; cycles are short, and as long as the states allow."""
+    options = ANY | {"drop_layers": sites, "policy": policy, "surrogate": surrogate, "rank": 2, "k": 2}
+    bundle = make_adapted_bundle(eight(), tmp_path, **options)
+    plan = oracle_plan(bundle, tmp_path / "adapters")
+    assert "d 64, 4/2 heads, 6 layers with states of 4 × 16 × 24, convolutions over 4 tokens" in describe(bundle)[0]
+    with Session.open(bundle.root, policy=policy, threads=1) as session:
+        for prompts, k in ((PROMPTS, 2), (LONG, 3)):
+            assert_same_run(session, eight().model, plan, prompts, k)
+
+
+@pytest.mark.parametrize("make", [qwen3_next, qwen3_5_moe])
+def test_mixture(make: Any, tmp_path: Path) -> None:
+    source = traced_model(quartered(make()))
+    options = ANY | {"drop_layers": ("0", "2.attn", "3.mlp"), "policy": "backfill", "rank": 2, "k": 2}
+    bundle = make_adapted_bundle(source, tmp_path, **options)
+    plan = oracle_plan(bundle, tmp_path / "adapters")
+    with Session.open(bundle.root, threads=1) as session:
+        for prompts in (PROMPTS, LONG):
+            assert_same_run(session, source.model, plan, prompts, 2)
+
+
+@functools.cache
+def _dropped(root: Path) -> Bundle:
+    options = ANY | {"drop_layers": ("1", "3", "5"), "policy": "backfill", "k": 2, "max_seq_len": 128}
+    return make_bundle(eight(), root / "b", **options)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return _dropped(tmp_path_factory.mktemp("recurrent"))
+
+
+def _alone(bundle: Bundle, prompts: list[list[int]], counts: list[int]) -> list[list[int]]:
+    with Session.open(bundle.root, threads=1) as session:
+        pairs = zip(prompts, counts, strict=True)
+        return [session.generate([one], count, stop_token_ids=())[0].tolist() for one, count in pairs]
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_rows_join_and_leave(keeps: bool, bundle: Bundle) -> None:
+    """Beside others, where another has been, and behind what it has said, a row has the tokens that it has alone."""
+    prompts = [[7, 3, 11, 19, 2], [5], list(range(20, 60)), [23, 29, 31], [8, 8]]
+    counts, found = [9, 11, 13, 15, 17], dict[int, list[int]]()
+    alone = _alone(bundle, prompts, counts)
+    prompts += [[*prompt, *said, 4, 9] for prompt, said in zip(prompts[3:], alone[3:], strict=True)]
+    counts += [6, 7]
+    alone += _alone(bundle, prompts[5:], counts[5:])
+    reused = []
+    with Batch.open(bundle.root, slots=3, threads=1, keep_prefixes=keeps) as batch:
+
+        def tick() -> None:
+            for event in batch.tick():
+                found[event.row] += [] if event.token is None else [event.token]
+                if event.finished:
+                    reused.append(event.reused)
+
+        for number, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
+            while number == 5 and batch.rows:
+                tick()
+            found[batch.add(prompt, count, stop_token_ids=())] = []
+            tick()
+            tick()
+        while batch.rows:
+            tick()
+    assert [*found.values()] == alone
+    assert bool(sum(reused)) == keeps
+
+
+def test_prefix(bundle: Bundle) -> None:
+    """A request goes on behind the one before where that has its states, and begins anew where they are of more."""
+    first = [7, 3, 11, 19, 2]
+    (said,) = _alone(bundle, [first], [8])
+    behind, other = [*first, *said, 4, 9, 5], [7, 3, 11, 20, 1]
+    expected = _alone(bundle, [behind, other], [6, 6])
+    with Session.open(bundle.root, threads=1) as session:
+        session.generate([first], 8, stop_token_ids=())
+        assert session._request is not None
+        with mock.patch.object(Request, "prefill", autospec=True, side_effect=Request.prefill) as prefill:
+            again = session.generate([behind], 6, stop_token_ids=(), reuse_prefix=True)[0].tolist()
+            assert prefill.call_count == 1
+        assert again == expected[0]
+        assert session.generate([other], 6, stop_token_ids=(), reuse_prefix=True)[0].tolist() == expected[1]
+
+
+def test_truncate(bundle: Bundle) -> None:
+    """Back to what the states have, and no further."""
+    prompt, behind = [7, 3, 11, 19, 2], [4, 9, 5]
+    with Session.open(bundle.root, threads=1) as session:
+        session.prefill(np.array([prompt]))
+        for token in (30, 31):
+            session.step(np.array([token]))
+        session.truncate(6)
+        logits = session.step(np.array([behind[0]])).copy()
+        assert np.abs(logits - session.prefill(np.array([[*prompt, 30, behind[0]]]))).max() < 1e-4
+        for token in behind:
+            session.step(np.array([token]))  # the third is a refresh
+        with pytest.raises(InputError, match="do not go back that far"):
+            session.truncate(8)
+
+
+def test_fork(bundle: Bundle) -> None:
+    prompts = np.array([[7, 3, 11, 19, 2], [5, 6, 7, 8, 9]])
+    tokens = [np.array([n, n + 1]) for n in range(10, 18)]
+    with Session.open(bundle.root, threads=1) as session:
+        session.prefill(prompts)
+        expected = [session.step(one).copy() for one in tokens]
+        session.prefill(prompts)
+        for n in range(2):
+            session.step(tokens[n])
+        with session.fork() as other:
+            for n in range(2, 8):
+                assert np.array_equal(other.step(tokens[n]), expected[n])
+        for n in range(2, 8):
+            assert np.array_equal(session.step(tokens[n]), expected[n])
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_interrupted_step_can_be_repeated(k: int, bundle: Bundle) -> None:
+    """A refresh that ran and was not counted leaves the states before it."""
+    prompt, tokens = np.array([[7, 3, 11, 19, 2]]), [np.array([n]) for n in range(10, 18)]
+    with Session.open(bundle.root, threads=1) as session:
+        session.prefill(prompt, k=k)
+        expected = [session.step(one).copy() for one in tokens]
+        session.prefill(prompt, k=k)
+        request = session._running()
+        for token, wanted in zip(tokens, expected, strict=True):
+            with mock.patch.object(request, "took", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+                session.step(token)
+            request.is_torn = False
+            assert np.array_equal(session.step(token), wanted)
+
+
+def test_most_lora_steps(bundle: Bundle) -> None:
+    with Session.open(bundle.root, k=MOST_PENDING + 1, threads=1) as session:
+        session.prefill(np.array([[7, 3]]))
+        for _ in range(MOST_PENDING):
+            session.step(np.array([5]))
+        with pytest.raises(InputError, match="Too many LoRA steps follow each other"):
+            session.step(np.array([5]))
+        session.prefill(np.array([[7, 3]]), k=MOST_PENDING)
+        for _ in range(2 * MOST_PENDING):
+            session.step(np.array([5]))
+
+
+def test_policy(bundle: Bundle) -> None:
+    with pytest.raises(InputError, match="cannot be decoded under policy lossless"):
+        Session.open(bundle.root, policy="lossless")
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int8"])
+def test_quantized(dtype: str, tmp_path: Path) -> None:
+    options = ANY | {"drop_layers": ("1", "4", "3.mlp"), "policy": "backfill", "dtype": dtype, "block_size": 32, "k": 2}
+    assert compare(make_bundle(eight(), tmp_path / "b", **options), target="ort", threads=1).passed
+
+
+def test_neutral_graphs(bundle: Bundle) -> None:
+    """Plain ONNX: no other domain than its own, and its own shapes."""
+    for name in ("refresh", "lora"):
+        model = onnx.load(bundle.root / f"{name}.onnx", load_external_data=False)
+        assert {(one.domain, one.version) for one in model.opset_import} == {("", 27)}
+        assert not {node.domain for node in model.graph.node} - {""}
+        assert sum(node.op_type == "LinearAttention" for node in model.graph.node) == (6 if name == "refresh" else 4)
+        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
