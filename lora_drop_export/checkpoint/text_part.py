@@ -39,6 +39,8 @@ MULTIMODAL = (
     "qwen2_5_vl",
     "qwen2_audio",
     "qwen2_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
     "qwen3_vl",
     "qwen3_vl_moe",
     "smolvlm",

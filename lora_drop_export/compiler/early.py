@@ -15,8 +15,7 @@ from typing import Any
 
 from lora_drop_runtime.bundle.adapters import read_adapters
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import CHANNEL, INTEGER_DTYPES, VERIFY_NAME
-from lora_drop_runtime.decoding.opening import check_recurrent_policy
+from lora_drop_runtime.bundle.manifest import CHANNEL, INTEGER_DTYPES, VERIFY_NAME, check_states
 from lora_drop_runtime.dtypes import MODEL_DTYPES, short_name
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.files import is_utf8
@@ -26,6 +25,7 @@ from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.drop_list import check_drop_list
 from lora_drop_export.checkpoint.experts import ExpertRows
+from lora_drop_export.checkpoint.joined import JoinedRows
 from lora_drop_export.checkpoint.packed import Kept
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.anatomy import kv_sources
@@ -171,6 +171,7 @@ def warn_of_tensors(checkpoint: Checkpoint, taken: Mapping[str, TensorSource], l
     model, such as one without biases. transformers leaves them out as well, and so does the verification."""
     used = set(map(id, taken.values()))
     used |= {id(tensor) for ref in taken.values() if isinstance(ref, ExpertRows) for tensor in ref.tensors}
+    used |= {id(tensor) for ref in taken.values() if isinstance(ref, JoinedRows) for tensor in ref.parts}
     left = [
         name
         for name, tensor in checkpoint.tensors.items()
@@ -294,7 +295,7 @@ def check_before_trace(
     check_drop_list(options.drop_list_fingerprint, checkpoint.name, fingerprint)
     if LINEAR_ATTENTION in (getattr(config, "layer_types", None) or ()):
         check_recurrent([name for name in options.targets if name != NO_TARGET], dtype, options.kv_dtype)
-        check_recurrent_policy(POLICIES[options.policy or DEFAULT_POLICY])
+        check_states(POLICIES[options.policy or DEFAULT_POLICY])
     windows, width = windows_of_config(config), getattr(config, "hidden_size", None)
     if windows is not None and type(width) is int:
         plan = make_plan(windows, width, options, kv_sources(config))

@@ -54,6 +54,15 @@ def seen_as(graph: ir.Graph, value: ir.Value, suffix: str, dtype: Any, shape: li
     return _initializer(graph, f"{value.name}{suffix}", tensor, int(tensor.length or 0), dtype, shape)
 
 
+def in_file_order(group: list[Linear]) -> list[Linear]:
+    """Linear layers as their weights lie in one file; as they were where they lie in none, or in several."""
+    tensors = [linear.weight.const_value for linear in group]
+    places = [(one.location, int(one.offset or 0)) for one in tensors if isinstance(one, ir.ExternalTensor)]
+    if len(places) < len(group) or len({location for location, _ in places}) > 1:
+        return group
+    return [linear for _, linear in sorted(zip(places, group, strict=True), key=lambda pair: pair[0])]
+
+
 def joined_linear(graph: ir.Graph, group: list[Linear]) -> Linear | None:
     """One linear layer over the bytes of several that read one tensor; None where the weights do not allow it."""
     blocks = [linear.blocks for linear in group if linear.blocks is not None]

@@ -99,13 +99,13 @@ def is_row_wise(node: ir.Node) -> bool:
 
 
 def linear_groups(graph: ir.Graph) -> list[list[Linear]]:
-    """Linear layers that read one tensor (q, k, v; gate, up), where all of them or none have a bias."""
-    groups: dict[ir.Value, list[Linear]] = {}
+    """Linear layers that read one tensor (q, k, v; gate, up), and all of which or none have a bias."""
+    groups: dict[tuple[ir.Value, bool], list[Linear]] = {}
     for node in graph:
         linear = match_linear(node) if node.op_type == "MatMul" else None
         if linear is not None:
-            groups.setdefault(linear.x, []).append(linear)
-    return [g for g in groups.values() if len(g) > 1 and len({linear.bias is None for linear in g}) == 1]
+            groups.setdefault((linear.x, linear.bias is None), []).append(linear)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def fusable_groups(model: ir.Model) -> list[tuple[str, ...]]:

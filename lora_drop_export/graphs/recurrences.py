@@ -1,18 +1,18 @@
 """A gated delta rule in plain ONNX: entries of the last tokens, a convolution, and LinearAttention from the state.
 
     x, decay, β → Concat → ScatterND            the new tokens' entries [B, S, E] join those of the last ones
-    recent      → GatherND, Where               K − 1 entries for the convolution, and those that are not in the state
-    both        → Concat → Split                of P pending and S new tokens
-    channels    → CausalConvWithState           q, k and v behind silu, q and k normed
+    recent      → GatherND → Concat             K − 1 entries for the convolution, P that are not in the state, S new
+    channels    → (Slice, Mul) ×K, Add, silu    q, k and v of P + S tokens
+    q, k        → RMSNormalization              of length 1
     all         → LinearAttention → Slice       from the state before all of them; the S last are the new ones
 
 A token that pads, and one that is in the state already, has decay 0 and β 0 and changes nothing. What is there before a
-step is read as it was. LinearAttention and CausalConvWithState are ONNX's since opset 27.
+step is read as it was. LinearAttention is ONNX's since opset 27.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,14 +44,12 @@ class _Places:
 
     Attributes:
         earlier: the slots of what lies before the new tokens, [B, P + K − 1, 1].
-        is_there: bool [B, P + K − 1, 1], which of these a row has.
         is_new: bool [B, P + S, 1], which tokens come to the state.
         pending: P, [1].
         written: of each new token its row and its slot, [B, S, 2].
     """
 
     earlier: ir.Value
-    is_there: ir.Value
     is_new: ir.Value
     pending: ir.Value
     written: ir.Value
@@ -95,8 +93,7 @@ class Recurrences:
         taps = ops("Add", pending, ops.ints([form.taps - 1]))
         places = ops("Add", begin, _range(ops, ops("Neg", taps), none))  # [B, P + K − 1]
         recent = ops.ints([form.recent])
-        earlier = ops("Mod", ops("Max", places, none), recent)
-        is_there = ops("GreaterOrEqual", places, none)
+        earlier = ops("Mod", places, recent)  # before a row's first token nothing is written, and is 0
         both = ops("Add", begin, _range(ops, ops("Neg", pending), width))  # [B, P + S]
         is_new = ops("And", ops("GreaterOrEqual", both, in_state), ops("Less", both, ops("Add", begin, count)))
         columns = _range(ops, none, width)  # [S]
@@ -104,15 +101,15 @@ class Recurrences:
         slots = ops("Where", stays, ops("Mod", ops("Add", begin, columns), recent), recent)  # [B, S]
         own = ops("Add", ops("Unsqueeze", _range(ops, none, rows), ops.ints([1])), ops("Mul", slots, none))
         pairs = ops("Concat", *(ops("Unsqueeze", part, ops.ints([2])) for part in (own, slots)), axis=2)
-        earlier, is_there, is_new = (ops("Unsqueeze", part, ops.ints([2])) for part in (earlier, is_there, is_new))
-        return _Places(earlier, is_there, is_new, pending, pairs)
+        earlier, is_new = (ops("Unsqueeze", part, ops.ints([2])) for part in (earlier, is_new))
+        return _Places(earlier, is_new, pending, pairs)
 
     def expand(self, graph: ir.Graph, node: ir.Node) -> dict[str, ir.Value]:
         """Put plain nodes in the place of one; returns what becomes of its entries and of its state."""
         layer, form, ops = node.attributes["layer"].as_int(), self.form, Ops()
         x, decay, beta, taps, *bias = node.inputs
         assert x is not None
-        none = ops.constant(np.array(0, np.float32))
+        assert taps is not None
         entries = ops("Concat", x, decay, beta, axis=2)
         ops.nodes[-1].name = f"{_PREFIX}{layer}"
         entries.type = x.type
@@ -121,27 +118,14 @@ class Recurrences:
         shared, recent = self._places, self.inputs[f"past_recent.{layer}"]
         written = ops("ScatterND", recent, shared.written, entries)
         found = ops("GatherND", recent, shared.earlier, batch_dims=1)
-        earlier = ops("Where", shared.is_there, found, none)
-        both = ops("Concat", earlier, entries, axis=1)  # [B, K − 1 + P + S, E]
-        widths = ops.ints([form.channels, form.heads, form.heads])
-        split = ir.node("Split", [both, widths], {"axis": 2}, num_outputs=3)
-        ops.nodes.append(split)
-        channels, *changes = split.outputs
-        begin = ops.ints([form.taps - 1])
-        before = ops("Slice", channels, ops.ints([0]), begin, ops.ints([1]))
-        after, *changes = (ops("Slice", part, begin, ops.ints([_END]), ops.ints([1])) for part in (channels, *changes))
-        sides = [ops("Transpose", part, perm=[0, 2, 1]) for part in (after, before)]
-        read = [sides[0], taps, bias[0] if bias else None, sides[1]]
-        convolution = ir.node("CausalConvWithState", read, {"activation": "silu"}, num_outputs=2)
-        ops.nodes.append(convolution)
-        mixed = ops("Transpose", convolution.outputs[0], perm=[0, 2, 1])
-        width = form.key_heads * form.key_dim
-        parts = ir.node(
-            "Split", [mixed, ops.ints([width, width, form.heads * form.value_dim])], {"axis": 2}, num_outputs=3
-        )
-        ops.nodes.append(parts)
-        query, key = (self._normed(ops, part) for part in parts.outputs[:2])
-        decay, beta = (ops("Where", shared.is_new, part, none) for part in changes)
+        both = ops("Concat", found, entries, axis=1)  # [B, K − 1 + P + S, E]
+        mixed = self._convolved(ops, both, taps, *bias)
+        axes, width = ops.ints([1, 2]), form.key_heads * form.key_dim
+        changes = ops("Slice", both, ops.ints([form.taps - 1, form.channels]), ops.ints([_END, _END]), axes)
+        changes = ops("Where", shared.is_new, changes, ops.constant(np.array(0, np.float32)))
+        decay, beta = self._split(ops, changes, form.heads, form.heads)
+        directions, value = self._split(ops, mixed, 2 * width, form.heads * form.value_dim)
+        query, key = self._normed(ops, directions)
         state = self.inputs[f"past_recurrence.{layer}"]
         attributes: dict[str, Any] = {
             "q_num_heads": form.heads,
@@ -149,7 +133,7 @@ class Recurrences:
             "scale": form.key_dim**-0.5,
             "update_rule": "gated_delta",
         }
-        read = [query, key, parts.outputs[2], state, decay, beta]
+        read = [query, key, value, state, decay, beta]
         rule = ir.node("LinearAttention", read, attributes, num_outputs=2)
         ops.nodes.append(rule)
         result = ops("Slice", rule.outputs[0], shared.pending, ops.ints([_END]), ops.ints([1]))
@@ -160,18 +144,39 @@ class Recurrences:
         graph.remove(node, safe=True)
         return {f"present_recent.{layer}": written, f"present_recurrence.{layer}": rule.outputs[1]}
 
-    def _normed(self, ops: Ops, part: ir.Value) -> ir.Value:
-        """q or k [B, N, Hk·Dk] with heads of length 1, one for each head of the state, [B, N, H·Dk]."""
+    def _split(self, ops: Ops, value: ir.Value, *widths: int) -> Sequence[ir.Value]:
+        node = ir.node("Split", [value, ops.ints([*widths])], {"axis": -1}, num_outputs=len(widths))
+        ops.nodes.append(node)
+        return node.outputs
+
+    def _convolved(self, ops: Ops, both: ir.Value, taps: ir.Value, bias: ir.Value | None = None) -> ir.Value:
+        """silu(Σ_j taps_j · x_{t − K + 1 + j} + bias), [B, P + S, W]: for the few tokens of a step 3 to 9 times as fast
+        in ONNX Runtime as its operator for it."""
+        size, width, axes = self.form.taps, self.form.channels, ops.ints([1, 2])
+        y = None
+        for tap in range(size):
+            begin, end = ops.ints([tap, 0]), ops.ints([_END if tap == size - 1 else tap + 1 - size, width])
+            column = ops("Slice", taps, *(ops.ints([n]) for n in (tap, tap + 1, 2)))  # [W, 1, 1]
+            product = ops("Mul", ops("Slice", both, begin, end, axes), ops("Reshape", column, ops.ints([width])))
+            y = product if y is None else ops("Add", y, product)
+        assert y is not None
+        if bias is not None:
+            y = ops("Add", y, bias)
+        return ops("Mul", y, ops("Sigmoid", y))
+
+    def _normed(self, ops: Ops, directions: ir.Value) -> Sequence[ir.Value]:
+        """q and k [B, N, H·Dk] with heads of length 1, one for each head of the state, of both [B, N, 2·Hk·Dk]."""
         form = self.form
-        heads = ops("Reshape", part, ops.ints([0, 0, form.key_heads, form.key_dim]))
-        squares = ops("ReduceSum", ops("Mul", heads, heads), ops.ints([-1]))
-        eps = ops.constant(np.array(NORM_EPS, np.float32))
-        normed = ops("Div", heads, ops("Sqrt", ops("Add", squares, eps)))
-        group = form.heads // form.key_heads
+        count, size, group = form.key_heads, form.key_dim, form.heads // form.key_heads
+        heads = ops("Reshape", directions, ops.ints([0, 0, 2 * count, size]))
+        # x / √(Σ x² + ε) is x / √(mean + ε / Dk) / √Dk
+        scale = ops.constant(np.full(size, size**-0.5, np.float32))
+        normed = ops("RMSNormalization", heads, scale, axis=-1, epsilon=NORM_EPS / size)
         if group > 1:
             whole = ops("Unsqueeze", normed, ops.ints([3]))
-            normed = ops("Expand", whole, ops.ints([1, 1, form.key_heads, group, form.key_dim]))
-        return ops("Reshape", normed, ops.ints([0, 0, form.heads * form.key_dim]))
+            normed = ops("Expand", whole, ops.ints([1, 1, 2 * count, group, size]))
+        width = form.heads * size
+        return self._split(ops, ops("Reshape", normed, ops.ints([0, 0, 2 * width])), width, width)
 
 
 @dataclass(frozen=True)

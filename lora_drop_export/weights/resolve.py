@@ -10,6 +10,7 @@ from lora_drop_runtime.errors import ModelError
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.experts import find_experts, made_of
 from lora_drop_export.checkpoint.foreign import CHECKPOINT_HINT
+from lora_drop_export.checkpoint.joined import JoinedRows, find_joined
 from lora_drop_export.checkpoint.renamed import missing_of_experts
 from lora_drop_export.checkpoint.text_part import own_names
 
@@ -30,7 +31,7 @@ def find_tensor(
         for spelling in _spellings(candidate):
             found = checkpoint.tensors.get(checkpoint.renamed.get(spelling, spelling))
             if found is None:
-                found = find_experts(checkpoint, spelling, experts)
+                found = find_experts(checkpoint, spelling, experts) or find_joined(checkpoint.tensors, spelling)
             if found is not None:
                 return found
     return None
@@ -78,7 +79,8 @@ def resolve_tensors(
         ref = find_tensor(checkpoint, name, partners.get(name, []), shape[0] if len(shape) == 3 else None)
         if ref is None or ref.shape != shape:
             raise _unfit(checkpoint, shapes, name, ref)
-        other = next((one for one in made_of(ref) if one.dtype not in MODEL_DTYPES), None)
+        apart = ref.parts if isinstance(ref, JoinedRows) else made_of(ref)
+        other = next((one for one in apart if one.dtype not in MODEL_DTYPES), None)
         if other is not None:
             raise ModelError(
                 "The checkpoint holds a weight in a dtype that is not taken.",

@@ -32,7 +32,7 @@ ANY: dict[str, Any] = {"always_first": 0, "always_last": 0}
 
 @functools.cache
 def eight() -> Family:
-    return traced_family("qwen3_5", qwen3_5(), "float32")
+    return traced_family("qwen3_5.eight", qwen3_5(num_hidden_layers=8, layer_types=None), "float32")
 
 
 def qwen3_next() -> PreTrainedModel:
@@ -51,7 +51,15 @@ def qwen3_5_moe() -> PreTrainedModel:
     return remembering(build(transformers.Qwen3_5MoeForCausalLM, transformers.Qwen3_5MoeTextConfig, seed=73, **own))
 
 
-@pytest.mark.parametrize("make", [qwen3_5, qwen3_next, qwen3_5_moe])
+def olmo_hybrid() -> PreTrainedModel:
+    """q, k and v are made apart, and β is up to 2; no RoPE, and other names of norms."""
+    skip_without("OlmoHybridConfig")
+    own: dict[str, Any] = {"num_hidden_layers": 4, "linear_num_key_heads": 4, "linear_num_value_heads": 4}
+    own |= {"linear_key_head_dim": 16, "linear_value_head_dim": 24, "linear_allow_neg_eigval": True}
+    return remembering(build(transformers.OlmoHybridForCausalLM, transformers.OlmoHybridConfig, seed=74, **own))
+
+
+@pytest.mark.parametrize("make", [qwen3_5, qwen3_next, qwen3_5_moe, olmo_hybrid])
 def test_oracle(make: Any) -> None:
     """Its delta rule is transformers' own."""
     model, tokens = quartered(make()), torch.arange(3, 20)
@@ -81,8 +89,8 @@ def test_plan(policy: str, surrogate: str, sites: tuple[str, ...], tmp_path: Pat
             assert_same_run(session, eight().model, plan, prompts, k)
 
 
-@pytest.mark.parametrize("make", [qwen3_next, qwen3_5_moe])
-def test_mixture(make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [qwen3_next, qwen3_5_moe, olmo_hybrid])
+def test_other_family(make: Any, tmp_path: Path) -> None:
     source = traced_model(quartered(make()))
     options = ANY | {"drop_layers": ("0", "2.attn", "3.mlp"), "policy": "backfill", "rank": 2, "k": 2}
     bundle = make_adapted_bundle(source, tmp_path, **options)
@@ -218,6 +226,7 @@ def test_most_lora_steps(bundle: Bundle) -> None:
 def test_policy(bundle: Bundle) -> None:
     with pytest.raises(InputError, match="cannot be decoded under policy lossless"):
         Session.open(bundle.root, policy="lossless")
+    assert "under backfill\n" in "\n".join(describe(bundle))
 
 
 @pytest.mark.parametrize("dtype", ["int4", "int8"])

@@ -122,6 +122,22 @@ def test_caches_in_8_bits_of_latent_attention(export_refused, passes, monkeypatc
     passes(*options, model=model)
 
 
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--target openvino", ("Target openvino does not run layers with a recurrent state", "--target ort")),
+        ("--target ort --target tensorrt-rtx", ("Target tensorrt-rtx does not run", "--target ort")),
+        ("--target none --dtype bf16", ("are computed in float32", "would be bfloat16", "--dtype fp32")),
+        ("--kv-dtype int8", ("has no caches of 8 bits", "--kv-dtype is int8")),
+        ("--policy lossless", ("cannot be decoded under policy lossless", "no drafts")),
+        ("--drop-layers 0 --always-first 0", ("Layer 0 is named", "a short convolution")),
+    ],
+)
+def test_recurrent_states(export_refused, arguments, words):
+    export_refused(*arguments.split(), model=more_family("qwen3_5").directory, words=words)
+
+
 @pytest.mark.usefixtures("stops_at_the_trace")
 @pytest.mark.parametrize("arguments", ["--dtype fp16", "--dtype bf16", "--target none"])
 def test_an_old_onnx_runtime_is_good_for_a_gpu(passes, monkeypatch, arguments):

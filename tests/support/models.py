@@ -290,15 +290,6 @@ def gpt_oss() -> transformers.PreTrainedModel:
     )
 
 
-def qwen3_5(**options: Any) -> transformers.PreTrainedModel:
-    """Gated delta rules, and an attention with a gate in every fourth layer; half of a head turns."""
-    skip_without("Qwen3_5TextConfig")
-    sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
-    sizes |= {"linear_value_head_dim": 24, "head_dim": 16, "tie_word_embeddings": True, "seed": 70}
-    model = build(transformers.Qwen3_5ForCausalLM, transformers.Qwen3_5TextConfig, **{**sizes, **options})
-    return remembering(model)
-
-
 def remembering(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     """The same model with gated delta rules that forget half within 3 to 20 tokens."""
     generator = torch.Generator().manual_seed(71)
@@ -307,6 +298,15 @@ def remembering(model: transformers.PreTrainedModel) -> transformers.PreTrainedM
             if name.endswith("A_log"):
                 parameter.copy_(-3.5 + 2 * torch.rand(parameter.shape, generator=generator))
     return model
+
+
+def qwen3_5(**options: Any) -> transformers.PreTrainedModel:
+    """Gated delta rules around an attention that has a gate; a quarter of a head turns."""
+    sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
+    sizes |= {"linear_value_head_dim": 24, "head_dim": 16, "num_hidden_layers": 3, "tie_word_embeddings": True}
+    sizes |= {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+    config = transformers.Qwen3_5TextConfig
+    return remembering(build(transformers.Qwen3_5ForCausalLM, config, seed=70, **sizes | options))
 
 
 def lfm2(**options: Any) -> transformers.PreTrainedModel:
@@ -336,5 +336,6 @@ MORE_FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
         granitemoe,
         gpt_oss,
         lfm2,
+        qwen3_5,
     )
 }

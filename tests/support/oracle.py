@@ -225,6 +225,8 @@ def norm_after_attention(layer: torch.nn.Module) -> torch.nn.Module | None:
     # Gemma 2 has both; its post_attention_layernorm comes before the residual is added
     if hasattr(layer, "pre_feedforward_layernorm"):
         return layer.pre_feedforward_layernorm
+    if hasattr(layer, "post_feedforward_layernorm"):  # whose norms are of what halves give
+        return layer.mlp
     return getattr(layer, "post_attention_layernorm", None) or getattr(layer, "ffn_norm", None)
 
 
@@ -285,9 +287,12 @@ def delta_rule(module, layer: int, hidden_states: Tensor, **_unused) -> Tensor:
         projected = module.in_proj_qkvz(hidden_states), module.in_proj_ba(hidden_states)
         query, key, value, gate, b, a = module.fix_query_key_value_ordering(*projected)
         new = torch.cat([query.flatten(), key.flatten(), value.flatten()])
-    else:
+    elif hasattr(module, "in_proj_qkv"):
         new = module.in_proj_qkv(hidden_states)[0, 0]
         gate, b, a = (project(hidden_states) for project in (module.in_proj_z, module.in_proj_b, module.in_proj_a))
+    else:
+        new = torch.cat([project(hidden_states)[0, 0] for project in (module.q_proj, module.k_proj, module.v_proj)])
+        gate, b, a = (project(hidden_states) for project in (module.g_proj, module.b_proj, module.a_proj))
     slots, position = running.slots[layer], running.position
     taps = module.conv1d.weight[:, 0]
     inputs = [x for _, x, _ in slots[len(slots) - (taps.shape[1] - 1) if len(slots) >= taps.shape[1] else 0 :]] + [new]
@@ -299,6 +304,8 @@ def delta_rule(module, layer: int, hidden_states: Tensor, **_unused) -> Tensor:
     state = slots[-1][2] if slots else torch.zeros(heads, key_dim, dim)
     decay = torch.exp(-torch.exp(module.A_log) * torch.nn.functional.softplus(a.flatten() + module.dt_bias))
     strength, after, out = torch.sigmoid(b.flatten()), [], []
+    if getattr(module, "allow_neg_eigval", False):
+        strength = 2 * strength
     for head in range(heads):
         q, k = (x[head // (heads // key_heads)] for x in (query, key))
         S = decay[head] * state[head]
@@ -306,7 +313,9 @@ def delta_rule(module, layer: int, hidden_states: Tensor, **_unused) -> Tensor:
         after.append(S)
         out.append(S.T @ q / key_dim**0.5)
     slots.append((position, new, torch.stack(after)))
-    return module.out_proj(module.norm(torch.stack(out), gate.reshape(heads, dim)).flatten())[None, None]
+    norm = module.norm if hasattr(module, "norm") else module.o_norm
+    project = module.out_proj if hasattr(module, "out_proj") else module.o_proj
+    return project(norm(torch.stack(out), gate.reshape(heads, dim)).flatten())[None, None]
 
 
 def run_in_full(row: Row, tokens: Sequence[int]) -> tuple[Row, Tensor]:

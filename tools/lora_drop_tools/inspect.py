@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import CHANNEL, Manifest, ModelFacts
 from lora_drop_runtime.dtypes import short_name
-from lora_drop_runtime.errors import PlanError
+from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.sites import listed
@@ -115,8 +115,8 @@ def _kv_savings(manifest: Manifest) -> str:
     """Eq. 16 under each policy that the bundle runs, equal ones together."""
     plan, names = manifest.plan, dict[str, list[str]]()
     for policy in POLICIES.values():
-        with contextlib.suppress(PlanError):
-            plan.check_policy(policy)
+        with contextlib.suppress(PlanError, InputError):
+            manifest.check_policy(policy)
             names.setdefault(f"{costs.kv_saving(manifest, plan.k, policy):.1%}", []).append(policy.name)
     return "; ".join(f"{saving} under {', '.join(which)}" for saving, which in names.items())
 
@@ -148,6 +148,9 @@ def _predictions(manifest: Manifest) -> list[str]:
         f"  Eq. 10: {'–' if looks_up else most}; Eq. 16, K/V of generated tokens saved: {_kv_savings(manifest)}",
         f"  Eq. 11: one token in {k + 1} takes a refresh, so the p95 latency is that of {p95}",
     ]
+    if manifest.model.recurrent_layers:
+        states = manifest.model.recurrent_row_bytes / MIB
+        lines.append(f"  recurrent states: {states:.1f} MiB a row, beside its K/V, however long it is")
     every, held = costs.kv_behind_windows(manifest)
     if held and "openvino" in manifest.targets:
         lines.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lora_drop_export.graphs.initializers import TABLE, joined_linear, seen_as
+from lora_drop_export.graphs.initializers import TABLE, in_file_order, joined_linear, seen_as
 from lora_drop_export.graphs.match import Linear, match_weight
 from lora_drop_export.graphs.nodes import Ops, replace_node
 
@@ -51,6 +51,7 @@ def linear_product(graph: ir.Graph, ops: Ops, linear: Linear, rows: Rows) -> ir.
 
 def fuse_linears(graph: ir.Graph, group: list[Linear], rows: Rows) -> bool:
     # Case 2; False where the weights do not allow it
+    group = in_file_order(group)
     whole = joined_linear(graph, group)
     if whole is None:
         return False

@@ -32,8 +32,7 @@ packs a second one, and no If keeps the provider from capturing a step as a CUDA
     13. a mixture of experts    → MoE, or QMoE where it is quantized (experts.py)
     14. attention sinks         → GroupQueryAttention's head_sink; it is not folded then
     15. comparisons in bfloat16 → in float32
-    16. LinearAttention and     → com.microsoft's, with channels last
-        CausalConvWithState
+    16. LinearAttention         → com.microsoft.LinearAttention
 
 Requires: the form that graphs/ makes. Ensures: no Attention or mask remains, and a TensorScatter without an
 attention only where a LoRA step writes a dropped attention's cache (`fill`), or where that is dead: before a dropped

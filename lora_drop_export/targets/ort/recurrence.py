@@ -1,10 +1,10 @@
-"""Gated delta rules → ONNX Runtime's own operators, which have kernels for the CPU."""
+"""Gated delta rules → ONNX Runtime's own operator, which has a kernel for the CPU."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from lora_drop_export.graphs.nodes import Ops, replace_node
+from lora_drop_export.graphs.nodes import Ops
 from lora_drop_export.graphs.recurrences import TOKENS
 from lora_drop_export.graphs.values import OPSET
 
@@ -34,19 +34,7 @@ def take_tokens(graph: ir.Graph, new_tokens: ir.Value) -> None:
 
 def lower_recurrences(model: ir.Model) -> None:
     # Case 16
-    graph = model.graph
-    for node in list(graph):
+    for node in model.graph:
         if node.op_type == "LinearAttention":
             node.domain = MICROSOFT
-        elif node.op_type == "CausalConvWithState":
-            after, taps, bias, before = node.inputs
-            (turned,) = (use.node for use in node.outputs[0].uses())
-            sides = [side.producer().inputs[0] for side in (after, before)]  # type: ignore[union-attr]
-            ops = Ops()
-            attributes = {"activation": "silu", "channels_last": 1}
-            made = ir.node(
-                "CausalConvWithState", [sides[0], taps, bias, sides[1]], attributes, domain=MICROSOFT, num_outputs=2
-            )
-            ops.nodes.append(made)
-            replace_node(graph, turned, ops, made.outputs[0])
     model.opset_imports[""] = OPSET  # of which the rest is

@@ -30,10 +30,10 @@ bundle.py).
 
 Layers with a recurrent state (r.) have no K and V. `past_recurrence` is their state after the first `len_state` tokens
 of a row, zeros after none; `past_recent` holds the entries of the last tokens, that of position p in slot p modulo
-`Recurrence.recent`, and one slot more for what nobody reads. Both steps write entries; the state of those tokens that
-are not in `past_recurrence` they make of the entries. A refresh leaves the state after all its tokens in
-`present_recurrence`, which is not `past_recurrence` in place: those whose tokens it ran may be run again from there. Of
-`len_kept` − `len_state` tokens before it a step takes `MOST_PENDING` at most.
+`Recurrence.recent`, zeros where no token was yet, and one slot more for what nobody reads. Both steps write entries;
+the state of those tokens that are not in `past_recurrence` they make of the entries. A refresh leaves the state after
+all its tokens in `present_recurrence`, which is not `past_recurrence` in place: those whose tokens it ran may be run
+again from there. Of `len_kept` − `len_state` tokens before it a step takes `MOST_PENDING` at most.
 
 Rows may have different numbers of new tokens where an engine says so. The last entry of a row of `logits_index` is its
 last new token, what follows it in `input_ids` is padding; −1 says that the row stands still: no cache and no state of
@@ -121,9 +121,14 @@ class Recurrence:
         return MOST_PENDING + self.taps - 1
 
     @property
+    def state_values(self) -> int:
+        """Values of a row's state."""
+        return self.heads * self.key_dim * self.value_dim
+
+    @property
     def row_values(self) -> int:
         """Values of a row: its state twice, and what is kept of its last tokens."""
-        return 2 * self.heads * self.key_dim * self.value_dim + (self.recent + 1) * self.entry
+        return 2 * self.state_values + (self.recent + 1) * self.entry
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import TypedDict, Unpack
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import Engine
 from lora_drop_runtime.engines.open import check_engine, open_engine
-from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drafting import draft_source, scheduled
 from lora_drop_runtime.plan.policy import Policy, policy_named
 from lora_drop_runtime.plan.schedule import Schedule
@@ -28,23 +27,10 @@ class Opened:
     policy: str
 
 
-def check_recurrent_policy(policy: Policy) -> None:
-    """Refuse a policy that takes tokens back which a recurrent state has. Raises InputError."""
-    if policy.verifies:
-        raise InputError(
-            f"A model with recurrent states cannot be decoded under policy {policy.name}.",
-            note="Drafts that a refresh has run and does not accept would have to leave its layers' states again.",
-            hint="Use policy backfill.",
-        )
-
-
 def checked_policy(bundle: Bundle, name: str | None) -> Policy:
     """The policy that is asked for, or the bundle's own. Raises InputError where the bundle cannot run it."""
-    plan = bundle.manifest.plan
-    policy = policy_named(plan.policy if name is None else name)
-    plan.check_policy(policy)
-    if bundle.manifest.model.recurrent_layers:
-        check_recurrent_policy(policy)
+    policy = policy_named(bundle.manifest.plan.policy if name is None else name)
+    bundle.manifest.check_policy(policy)
     return policy
 
 

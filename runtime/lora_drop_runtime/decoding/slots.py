@@ -147,11 +147,11 @@ class _RecurrentStates:
         self._before = before
 
     def begin(self, slot: int) -> None:
-        """A row begins, with states of no token: zeros."""
+        """A row begins, with states and entries of no token: zeros."""
         self._before = []
         self.tokens[slot], self._sides[slot] = 0, self.side
-        for state in self._held.recurrences[self.side].values():
-            self._held.engine.zero(state[slot : slot + 1])
+        for buffer in (*self._held.recurrences[self.side].values(), *self._held.recent.values()):
+            self._held.engine.zero(buffer[slot : slot + 1])
 
     def copy(self, other: _RecurrentStates, source: int, target: int) -> None:
         """Take a row's states, and the entries of its last tokens, from a slot of these or of other ones."""

@@ -72,7 +72,7 @@ def linear_weights(model: torch.nn.Module) -> dict[str, np.ndarray]:
 # Of which rounding meets what it does in none of the others
 OTHERS = (
     *("stablelm_parallel", "exaone", "deepseek_v3", "modernbert_decoder"),
-    *("gemma4", "gemma4_experts", "qwen2_moe", "granitemoe", "gpt_oss", "lfm2"),
+    *("gemma4", "gemma4_experts", "qwen2_moe", "granitemoe", "gpt_oss", "lfm2", "qwen3_5"),
 )
 
 

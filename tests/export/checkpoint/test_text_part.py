@@ -216,7 +216,16 @@ def mistral4() -> Any:
     return transformers.Mistral3ForConditionalGeneration(config)
 
 
-@pytest.mark.parametrize("build", [lfm3_vl, mistral4, voxtral])
+def qwen3_5() -> Any:
+    """Three positions in turns, gated delta rules, and a head that predicts further, which is left."""
+    skip_without("Qwen3_5TextConfig")
+    sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
+    sizes |= {"linear_value_head_dim": 24, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+    config = transformers.Qwen3_5Config(text_config=TEXT | sizes, vision_config=_PATCHES, tie_word_embeddings=True)
+    return transformers.Qwen3_5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("build", [lfm3_vl, mistral4, qwen3_5, voxtral])
 def test_other_multimodal_models(build: Callable[[], Any], tmp_path: Path) -> None:
     model = drawn(build())
     model.save_pretrained(tmp_path)

@@ -137,6 +137,14 @@ def test_convolutions(policy: str, sites: tuple[str, ...]) -> None:
     assert_as_the_oracle("lfm2", plan, policy, 3)
 
 
+@pytest.mark.parametrize(
+    ("policy", "sites"), [("skip", ("0.mlp", "1")), ("backfill", ("0", "2.attn")), ("fill", ("0", "1", "2"))]
+)
+def test_recurrent_states(policy: str, sites: tuple[str, ...]) -> None:
+    plan = DropPlan(3, sites, windowed_layers=(0, 2), rank=3, policy=policy, always_last=0, always_first=0)
+    assert_as_the_oracle("qwen3_5", plan, policy, 3, rows=2)
+
+
 def test_layers_that_need_more_than_the_stream_are_refused() -> None:
     for own, words in (({}, "K and V of other layers"), ({"num_kv_shared_layers": 0}, "an input of their own")):
         with pytest.raises(ModelError, match="cannot be run one by one") as refused:

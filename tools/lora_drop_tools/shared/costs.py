@@ -40,9 +40,13 @@ def _bits_per_weight(manifest: Manifest) -> float:
 
 
 def _attention_macs(manifest: Manifest, layers: Iterable[int], context: int) -> int:
-    """QKᵀ and AV of one token over so many positions."""
-    heads = manifest.model.heads
-    return 2 * context * sum(heads[layer].num_heads * heads[layer].head_dim for layer in layers)
+    """QKᵀ and AV of one token over so many positions; of a recurrent state Sᵀk, its change, Sᵀq and the decay."""
+    model, heads = manifest.model, manifest.model.heads
+    state = 0 if model.recurrence is None else 4 * model.recurrence.state_values
+    return sum(
+        state if layer in model.recurrent_layers else 2 * context * heads[layer].num_heads * heads[layer].head_dim
+        for layer in layers
+    )
 
 
 def full_layer_macs(manifest: Manifest, context: int) -> float:
@@ -211,10 +215,17 @@ def _kv_read(model: ModelFacts, layers: Iterable[int], entries: int) -> int:
     return sum(min(entries, windows[layer] or entries) * model.token_kv_bytes([layer]) for layer in layers)
 
 
+def _states_read(model: ModelFacts, layers: Iterable[int]) -> int:
+    """Bytes of the recurrent states of a row in these layers."""
+    values = 0 if model.recurrence is None else model.recurrence.state_values
+    return values * BY_NAME["float32"].size_bytes * len({*layers} & {*model.recurrent_layers})
+
+
 def step_bytes(
     manifest: Manifest, context: int, dropped_context: int, rows: int = 1, tokens: int = 1
 ) -> tuple[int, int]:
-    """Bytes that a refresh and a LoRA step move for a batch: weights read once, valid K/V read, K/V written.
+    """Bytes that a refresh and a LoRA step move for a batch: weights read once, valid K/V read, K/V written; recurrent
+    states read, and by a refresh written.
 
     Args:
         context, dropped_context: entries of a kept and of a dropped attention before the step, the same in all rows.
@@ -227,10 +238,14 @@ def step_bytes(
     )
     kept_kv = rows * _kv_read(model, plan.kept_attentions, context + 1)
     dropped_kv = rows * _kv_read(model, plan.dropped_attentions, dropped_context + 1)
+    kept_states, dropped_states = (
+        rows * _states_read(model, layers) for layers in (plan.kept_attentions, plan.dropped_attentions)
+    )
+    states = 2 * (kept_states + dropped_states)
     written = rows * model.token_kv_bytes(plan.dropped_attentions) * plan.refresh_policy.fills
     adapters = surrogate_macs(manifest) * BY_NAME[model.dtype].size_bytes
     lora = outside + weights - dropped_weight_bytes(manifest, rows) + kept_kv + written + adapters
-    return outside + refreshed + kept_kv + dropped_kv, lora
+    return outside + refreshed + kept_kv + dropped_kv + states, lora + kept_states
 
 
 def entries_made(kinds: Sequence[StepKind], policy: Policy) -> list[int]:

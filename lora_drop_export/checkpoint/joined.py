@@ -1,0 +1,56 @@
+"""Tensors that checkpoints have apart and transformers' model has as one: the convolutions of OLMo hybrid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .checkpoint import TensorSource
+
+_PARTS = {"linear_attn.conv1d.weight": tuple(f"linear_attn.{part}_conv1d.weight" for part in "qkv")}
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedRows:
+    """The rows of several tensors, one behind the other."""
+
+    name: str
+    parts: tuple[TensorSource, ...]
+
+    @property
+    def file(self) -> Path:
+        return self.parts[0].file
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(part.size_bytes for part in self.parts)
+
+    def read(self) -> npt.NDArray[Any]:
+        return np.concatenate([part.read() for part in self.parts])
+
+    def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
+        return self.read()[begin:end]  # a few kilobytes
+
+
+def find_joined(tensors: Mapping[str, TensorSource], name: str) -> TensorSource | None:
+    """The tensor of a parameter that the checkpoint has in parts; None where it has not all of them, in one form."""
+    for whole, names in _PARTS.items():
+        if name.endswith(f".{whole}"):
+            found = [tensors.get(f"{name.removesuffix(whole)}{part}") for part in names]
+            parts = tuple(part for part in found if part is not None and part.shape)
+            alike = len({(part.dtype, part.shape[1:]) for part in parts}) == 1
+            return JoinedRows(name, parts) if alike and len(parts) == len(names) else None
+    return None
