@@ -12,6 +12,7 @@ import onnx_ir as ir
 from lora_drop_export.decoder.experts import is_matrix_of_experts, is_mixture
 
 from .nodes import rank, viewed
+from .recurrences import is_recurrence
 
 # Operators that treat every row [.., width] alike, given inputs of equal shape or of rank 1
 _ROW_WISE = {
@@ -99,23 +100,13 @@ def is_row_wise(node: ir.Node) -> bool:
 
 
 def linear_groups(graph: ir.Graph) -> list[list[Linear]]:
-    """Linear layers that read one tensor (q, k, v; gate, up), and all of which or none have a bias."""
-    groups: dict[tuple[ir.Value, bool], list[Linear]] = {}
+    """Linear layers that read one tensor (q, k, v; gate, up): such with a bias, and such without; in float, or not."""
+    groups: dict[tuple[ir.Value, bool, bool], list[Linear]] = {}
     for node in graph:
         linear = match_linear(node) if node.op_type == "MatMul" else None
         if linear is not None:
-            groups.setdefault((linear.x, linear.bias is None), []).append(linear)
+            groups.setdefault((linear.x, linear.bias is None, linear.blocks is None), []).append(linear)
     return [group for group in groups.values() if len(group) > 1]
-
-
-def fusable_groups(model: ir.Model) -> list[tuple[str, ...]]:
-    """Names of weights, and of biases, that a lowering makes one of when they lie back to back in one file."""
-    names: list[tuple[str, ...]] = []
-    for group in linear_groups(model.graph):
-        names.append(tuple(str(linear.weight.name) for linear in group))
-        if group[0].bias is not None:
-            names.append(tuple(str(linear.bias.name) for linear in group if linear.bias is not None))
-    return names
 
 
 def joined_name(names: list[str]) -> str:
@@ -195,9 +186,28 @@ def _router_matrices(graph: ir.Graph) -> frozenset[str]:
     return frozenset(found)
 
 
+def _change_matrices(graph: ir.Graph) -> frozenset[str]:
+    """Names of the matrices [H, ·] that decide how far a token changes a recurrent state, and how fast that is
+    forgotten."""
+    found, seen = set(), set[ir.Value]()
+    todo = [value for node in filter(is_recurrence, graph) for value in node.inputs[1:3]]
+    while todo:
+        value = todo.pop()
+        node = None if value is None or value in seen else value.producer()
+        if node is None or value is None:
+            continue
+        seen.add(value)
+        if node.op_type != "MatMul":
+            todo.extend(node.inputs)
+        elif (weight := viewed(node.inputs[1])).producer() is not None:  # type: ignore[arg-type]
+            found |= {str(one.name) for one in weight.producer().inputs if one is not None}  # type: ignore[union-attr]
+    return frozenset(found)
+
+
 def quantizable(graph: ir.Graph) -> frozenset[str]:
     """Names of the parameters that are weights of linear layers or of experts, or the table that token ids are looked
-    up in. Not those of a router: they are small, and what they decide is not a matter of rounding.
+    up in. Not those of a router, or of what changes a recurrent state: they are small, and what they decide is not a
+    matter of rounding.
 
     Args:
         graph: as traced (decoder/trace.py): a linear layer is MatMul with a transposed initializer.
@@ -211,4 +221,16 @@ def quantizable(graph: ir.Graph) -> frozenset[str]:
         )
 
     found = frozenset(name for name, value in graph.initializers.items() if is_weight(value))
-    return found - _router_matrices(graph)
+    return found - _router_matrices(graph) - _change_matrices(graph)
+
+
+def fusable_groups(model: ir.Model) -> list[tuple[str, ...]]:
+    """Names of weights, and of biases, that a lowering makes one of when they lie back to back in one file; those that
+    stay in float whatever becomes of the others stand last."""
+    names, may_be = list[tuple[str, ...]](), quantizable(model.graph)
+    for group in linear_groups(model.graph):
+        weights = [str(linear.weight.name) for linear in group]
+        names.append(tuple(sorted(weights, key=lambda name: name not in may_be)))
+        if group[0].bias is not None:
+            names.append(tuple(str(linear.bias.name) for linear in group if linear.bias is not None))
+    return names

@@ -231,8 +231,15 @@ def test_policy(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("dtype", ["int4", "int8"])
 def test_quantized(dtype: str, tmp_path: Path) -> None:
+    """What decides how a state changes stays in float; the other products over one tensor are one."""
     options = ANY | {"drop_layers": ("1", "4", "3.mlp"), "policy": "backfill", "dtype": dtype, "block_size": 32, "k": 2}
-    assert compare(make_bundle(eight(), tmp_path / "b", **options), target="ort", threads=1).passed
+    bundle = make_bundle(eight(), tmp_path / "b", **options)
+    assert compare(bundle, target="ort", threads=1).passed
+    steps = onnx.load(bundle.root / "ort" / "steps.onnx", load_external_data=False)
+    names = {one.name for one in steps.graph.initializer if ".4.linear_attn." in one.name and "proj" in one.name}
+    shared = "model.layers.4.linear_attn.in_proj"
+    assert {f"{shared}_a.weight", f"{shared}_b.weight"} < names
+    assert any("in_proj_qkv+in_proj_z" in name for name in names), names
 
 
 def test_neutral_graphs(bundle: Bundle) -> None:
