@@ -1,16 +1,18 @@
-"""Writes a mixture of experts with random weights.
+"""Writes a mixture of experts with random weights, or a model with recurrent states.
 
-python docs/benchmarks/mixture.py TOKENIZER_DIR OUT [--like gpt-oss|gemma-4|deepseek-v2-lite]
+python docs/benchmarks/mixture.py TOKENIZER_DIR OUT [--like gpt-oss|gemma-4|deepseek-v2-lite|qwen3.5]
 
 Built as OLMoE, 0.9 billion, of which a token is sent to 4 of 32 experts a layer; or four layers at their own width of
 GPT-OSS-20B (4 of 32, 3.5 billion) or of Gemma 4 26B-A4B (8 of 128, 3.7 billion): 7 GB, in memory and on disk. Or of
-DeepSeek-V2-Lite (6 of 64 and 2 for all, 2.2 billion).
+DeepSeek-V2-Lite (6 of 64 and 2 for all, 2.2 billion). Or 24 layers of Qwen3.5, which has no experts: half a billion.
 """
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
+
+LIKE = ("olmoe", "gpt-oss", "gemma-4", "deepseek-v2-lite", "qwen3.5")
 
 
 def _config(like: str, **shared: Any) -> Any:
@@ -58,6 +60,23 @@ def _config(like: str, **shared: Any) -> Any:
             first_k_dense_replace=1,
             **shared,
         )
+    if like == "qwen3.5":
+        from transformers import Qwen3_5TextConfig
+
+        return Qwen3_5TextConfig(
+            hidden_size=1024,
+            intermediate_size=3584,
+            num_hidden_layers=24,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=256,
+            linear_num_key_heads=16,
+            linear_num_value_heads=16,
+            linear_key_head_dim=128,
+            linear_value_head_dim=128,
+            tie_word_embeddings=True,
+            **shared,
+        )
     return OlmoeConfig(
         hidden_size=1024,
         intermediate_size=512,
@@ -78,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tokenizer", help="a model's directory, whose tokenizer is taken")
     parser.add_argument("out")
-    parser.add_argument("--like", choices=("olmoe", "gpt-oss", "gemma-4", "deepseek-v2-lite"), default="olmoe")
+    parser.add_argument("--like", choices=LIKE, default=LIKE[0])
     given = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
     config = _config(given.like, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None, pad_token_id=None)

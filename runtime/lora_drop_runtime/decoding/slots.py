@@ -98,7 +98,6 @@ class _RecurrentStates:
 
     def __init__(self, buffers: RowBuffers, count: int) -> None:
         self._held = buffers
-        self._there = bool(buffers.recent)
         self.tokens, self.side = [0] * count, 0
         self._sides = [0] * count  # where the states of each slot are, those of no row as well
         self._before: list[int] = []  # tokens of the rows on the other side, where it is as before the latest run
@@ -109,12 +108,10 @@ class _RecurrentStates:
 
     def goes_back(self, slot: int, kept: int) -> bool:
         """Whether a row may go on behind so many tokens: its states are of no later one."""
-        return not self._there or kept >= self.tokens[slot]
+        return kept >= self.tokens[slot]
 
     def ready(self, kind: StepKind, runs: Sequence[Run], due: Collection[int]) -> None:
         """Before a run. Raises InputError where too many LoRA steps follow each other."""
-        if not self._there:
-            return
         if any(runs[slot].kept < self.tokens[slot] for slot in due):  # the latest run was not counted
             assert self._before, "the states of a row are ahead of it"
             self.side = 1 - self.side
@@ -137,8 +134,6 @@ class _RecurrentStates:
     def ran(self, rows: int, runs: Mapping[int, Run]) -> None:
         """A refresh of the rows in the first slots has run the tokens of some, and those that were not in their
         states."""
-        if not self._there:
-            return
         before = self.tokens[:rows]
         self.side = 1 - self.side
         self._sides[:rows] = [self.side] * rows
@@ -195,7 +190,7 @@ class Slots:
         names = ("len_kept", "len_dropped", "len_state")
         self._lengths = {name: engine.allocate(name, (count,), "int64") for name in names}
         self._kept_now, self._dropped_now, self._state_now = (lengths.data for lengths in self._lengths.values())
-        self._states = _RecurrentStates(self.buffers, count)
+        self._states, self._recurs = _RecurrentStates(self.buffers, count), bool(self.buffers.recent)
         self._most_verified = engine.verified_tokens or self._most_kept
         self._idle = -1 if engine.idle_rows else 0  # the place of a row that stands still
         self._side = self._written_side = 0  # of the states: what the next run reads, and what the latest one wrote
@@ -210,7 +205,7 @@ class Slots:
     @property
     def have_recurrent_states(self) -> bool:
         """Whether layers have a state of all of a row's tokens, and not of each of its first ones."""
-        return bool(self.buffers.recent)
+        return self._recurs
 
     @property
     def nbytes(self) -> int:
@@ -255,7 +250,8 @@ class Slots:
         width = 1 if kind is StepKind.LORA else max([len(runs[slot].tokens) for slot in due])
         self._wanted = 1 if width == 1 else max([runs[slot].wanted for slot in due])
         self._parts = None
-        self._states.ready(kind, runs, due)
+        if self._recurs:
+            self._states.ready(kind, runs, due)
         double = self.buffers.are_double
         if double:
             self._choose_side(kind, runs)
@@ -454,8 +450,7 @@ class Slots:
         """Bind and run the rows of some slots. Plain Python writes single values: after a step that has streamed all
         weights, numpy's own code has left the CPU's caches."""
         wanted = self._wanted
-        key = kind, first, end, width, wanted, self._side, self._states.side
-        prepared = self._prepared.get(key)
+        prepared = self._prepared.get(key := (kind, first, end, width, wanted, self._side, self._states.side))
         if prepared is None:
             prepared = self._prepare(*key)
         ids, index = prepared.id_view, prepared.index_view
@@ -469,7 +464,8 @@ class Slots:
             elif slot not in due:  # and behind what it is to run again
                 kept, dropped = kept + last, dropped + last
             self._kept_now[slot], self._dropped_now[slot] = kept, dropped
-            self._state_now[slot] = self._states.tokens[slot] if slot in due else kept
+            if self._recurs:
+                self._state_now[slot] = self._states.tokens[slot] if slot in due else kept
             if slot not in due:
                 for place in range(wanted):
                     index[row, place] = self._idle
@@ -481,7 +477,7 @@ class Slots:
             for place in range(wanted):
                 index[row, place] = min(place, last) if each else last
         prepared.step()
-        if kind is StepKind.REFRESH:
+        if self._recurs and kind is StepKind.REFRESH:
             self._states.ran(len(runs), {slot: runs[slot] for slot in due})
 
     def _capacities(self) -> tuple[int, int]:
