@@ -10,7 +10,7 @@ _SIZES = ("max_position_embeddings", "n_positions", "max_sequence_length")
 _ORIGINAL = "original_max_position_embeddings"
 _UNKNOWN = 2048
 CONVOLUTION = "conv"  # type of a layer with a short convolution, in `layer_types`
-LINEAR_ATTENTION = "linear_attention"  # the same of one with a gated delta rule
+LINEAR_ATTENTION = "linear_attention"  # the same of one with a recurrent state
 _MOST = 2**63 - 1  # of a manifest
 
 
@@ -57,8 +57,8 @@ def convolution_window(config: Any) -> int:
 
 
 def recurrence_window(config: Any) -> int:
-    """Positions that the convolution of a gated delta rule sees; 0 in models without any."""
-    size = getattr(config, "linear_conv_kernel_dim", None)
+    """Positions that the convolution before a recurrent state sees; 0 in models without any."""
+    size = getattr(config, "linear_conv_kernel_dim", None) or getattr(config, "mamba_d_conv", None)
     return size if type(size) is int else 0
 
 

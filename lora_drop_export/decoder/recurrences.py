@@ -1,4 +1,4 @@
-"""Gated delta rules, as Qwen3.5's: in the place of an attention a layer has a state that each token changes.
+"""Recurrent states, as Qwen3.5's and Mamba 2's: in the place of an attention a layer has one that each token changes.
 
 Enters: transformers' model, whose attention is one of ours (attention_interface.py). Leaves: the same model, whose
 recurrent layers call that function, too, with a `RecurrenceCall`, and which gives their result [B, S, H·Dv] back.
@@ -10,7 +10,7 @@ import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_drop_runtime.bundle.graph_io import Recurrence
+from lora_drop_runtime.bundle.graph_io import GATED, GATED_DELTA, Recurrence
 from lora_drop_runtime.errors import ModelError
 
 from .attention_interface import AttentionCall, attention_function
@@ -21,11 +21,17 @@ NORM_EPS = 1e-6  # of q and k, in all families
 
 @dataclass(frozen=True)
 class RecurrenceCall:
-    """One call of a layer's gated delta rule (Yang et al. 2024, arXiv:2412.06464, Eq. 10). Of each head, with a state
-    S [Dk, Dv] that begins at 0,
+    """One call of what changes a layer's state. Of each head, with a state S [Dk, Dv] that begins at 0,
 
-        q, k, v = silu(Σ_j taps_j · x_{t − K + 1 + j} + bias), cut in three; q and k normed to length 1
+        q, k, v = silu(Σ_j taps_j · x_{t − K + 1 + j} + bias), cut in three
+
+    by the gated delta rule (Yang et al. 2024, arXiv:2412.06464, Eq. 10), whose q and k are normed to length 1
+
         S_t = e^g S_{t−1};   S_t = S_t + β k (v − S_tᵀ k)ᵀ;   out = S_tᵀ q / √Dk
+
+    and by that of Mamba 2 (Dao and Gu 2024, arXiv:2405.21060, Eq. 1; C, B, x and Δ are q, k, v and β, g is Δ A)
+
+        S_t = e^g S_{t−1} + β k vᵀ;   out = S_tᵀ q + skip v
 
     What is kept of a token until it is in the state is x, g and β, its entry.
 
@@ -35,7 +41,8 @@ class RecurrenceCall:
         decay, beta: g and β, [B, S, H].
         taps: [W, 1, K].
         bias: [W]; None for none.
-        form: its sizes.
+        form: its sizes, and the rule.
+        skip: Mamba's D, [H]; None for none.
     """
 
     module: Any
@@ -45,6 +52,7 @@ class RecurrenceCall:
     taps: Any
     bias: Any
     form: Recurrence
+    skip: Any = None
     window: int = 0  # of what it sees: all
 
     @property
@@ -78,9 +86,14 @@ class RecurrenceCall:
         y = (x * self.taps[:, 0].T).sum(dim=2)
         y = torch.nn.functional.silu(y if self.bias is None else y + self.bias)
         width = form.key_heads * form.key_dim
-        q, k, v = y.split([width, width, form.heads * form.value_dim], dim=2)
+        if form.rule == GATED:
+            v, k, q = y.split([form.heads * form.value_dim, width, width], dim=2)
+        else:
+            q, k, v = y.split([width, width, form.heads * form.value_dim], dim=2)
         q, k = (part.reshape(*part.shape[:2], form.key_heads, form.key_dim) for part in (q, k))
-        q, k = (part * torch.rsqrt((part * part).sum(dim=3, keepdim=True) + NORM_EPS) for part in (q, k))
+        if form.rule == GATED_DELTA:
+            q, k = (part * torch.rsqrt((part * part).sum(dim=3, keepdim=True) + NORM_EPS) for part in (q, k))
+            q = q * form.key_dim**-0.5
         q, k = (part.repeat_interleave(form.heads // form.key_heads, dim=2) for part in (q, k))
         return q, k, v.reshape(*v.shape[:2], form.heads, form.value_dim)
 
@@ -89,7 +102,8 @@ class RecurrenceCall:
         channels, heads = self.form.channels, self.form.heads
         decay, beta = (entry[..., n : n + heads] for n in (channels, channels + heads))
         state = state * decay.exp()[..., None, None]
-        change = beta[..., None] * (v - (state * k[..., None]).sum(dim=-2))
+        known = (state * k[..., None]).sum(dim=-2) if self.form.rule == GATED_DELTA else 0
+        change = beta[..., None] * (v - known)
         return state + k[..., None] * change[..., None, :]
 
     def mixed(self, key: Any, value: Any, seen: Any) -> Any:
@@ -99,12 +113,14 @@ class RecurrenceCall:
             key: [B, 1, C, W + 2 H].
             value: nothing.
             seen: bool [S, C], of each token the entries that it sees, in their order; the last one is its own. Those
-                before that one are what an earlier token sees, or the first so many.
+                before that one are what an earlier token sees, or the first so many. Of no entries nothing comes: 0.
         """
         import torch
 
-        entries, form = key[:, 0], self.form
+        entries = key[:, 0]
         batch, size = len(entries), self.taps.shape[2]
+        if not entries.shape[1]:
+            return self.x.new_zeros((batch, len(seen), self.form.heads * self.form.value_dim))
         counts = seen.sum(dim=1).tolist()
         places = seen.new_full((len(seen), size), -1, dtype=torch.int64)
         for token, row in enumerate(seen):
@@ -127,7 +143,9 @@ class RecurrenceCall:
                 [states[counts[n] - 1] if (m := behind[n]) is None else after[m] for n in ready], dim=1
             )  # [B, N, H, Dk, Dv]
             moved = self._moved(start, entries[:, own[ready]], k[:, ready], v[:, ready])
-            out = (moved * q[:, ready, :, :, None]).sum(dim=3) * form.key_dim**-0.5  # [B, N, H, Dv]
+            out = (moved * q[:, ready, :, :, None]).sum(dim=3)  # [B, N, H, Dv]
+            if self.skip is not None:
+                out = out + self.skip[:, None] * v[:, ready]
             for n, token in enumerate(ready):
                 after[token], result[token] = moved[:, n], out[:, n]
             gone = set(ready)
@@ -152,20 +170,27 @@ class RecurrenceCall:
         return found
 
 
+_MAMBA = "GraniteMoeHybridMambaLayer"
+
+
+def _is_mamba(module: Any) -> bool:
+    """Whether it has a state by the rule of Mamba 2."""
+    return type(module).__name__ == _MAMBA
+
+
 def shifted_window(call: AttentionCall | ConvolutionCall | RecurrenceCall) -> int:
     """Positions that a hole in what a layer keeps would shift; 0 where it shifts none."""
     return call.form.taps if isinstance(call, RecurrenceCall) else call.window
 
 
 def _form(mixer: Any) -> Recurrence:
-    return Recurrence(
-        channels=mixer.conv1d.weight.shape[0],
-        taps=mixer.conv1d.weight.shape[2],
-        key_heads=mixer.num_k_heads,
-        heads=mixer.num_v_heads,
-        key_dim=mixer.head_k_dim,
-        value_dim=mixer.head_v_dim,
-    )
+    channels, _, taps = mixer.conv1d.weight.shape
+    if _is_mamba(mixer):
+        return Recurrence(
+            channels, taps, mixer.n_groups, mixer.num_heads, mixer.ssm_state_size, mixer.head_dim, GATED
+        )  # fmt: skip
+    heads = mixer.num_k_heads, mixer.num_v_heads
+    return Recurrence(channels, taps, *heads, mixer.head_k_dim, mixer.head_v_dim, GATED_DELTA)
 
 
 def _projected(mixer: Any, hidden: Any) -> tuple[Any, Any, Any, Any]:
@@ -187,7 +212,21 @@ def _projected(mixer: Any, hidden: Any) -> tuple[Any, Any, Any, Any]:
 def _through_interface(mixer: type[Any]) -> Any:
     """The class of a mixer whose state goes through the attention function that its config names."""
 
-    class ThroughInterface(mixer):  # type: ignore[misc]
+    class OfMamba(mixer):  # type: ignore[misc]
+        def forward(self, hidden_states: Any, *_: Any, **__: Any) -> Any:
+            import torch
+
+            widths = [self.intermediate_size, self.conv_dim, self.num_heads]
+            gate, x, step = self.in_proj(hidden_states).split(widths, dim=2)
+            step = torch.nn.functional.softplus(step.float() + self.dt_bias)
+            least, most = self.time_step_limit
+            if (least, most) != (0, float("inf")):
+                step = step.clamp(least, most)
+            decay, convolution = step * -self.A_log.float().exp(), self.conv1d
+            call = RecurrenceCall(self, x, decay, step, convolution.weight, convolution.bias, _form(self), self.D)
+            return self.out_proj(self.norm(attention_function(self.config._attn_implementation)(call), gate))
+
+    class OfDeltaRule(mixer):  # type: ignore[misc]
         def forward(self, hidden_states: Any, *_: Any, **__: Any) -> Any:
             import torch
 
@@ -200,24 +239,25 @@ def _through_interface(mixer: type[Any]) -> Any:
             norm, project = (self.norm, self.out_proj) if hasattr(self, "out_proj") else (self.o_norm, self.o_proj)
             return project(norm(mixed.reshape(heads), gate.reshape(heads)).flatten(2))
 
-    ThroughInterface.__name__ = mixer.__name__  # by which other parts know what it is
-    return ThroughInterface
+    through: Any = OfMamba if mixer.__name__ == _MAMBA else OfDeltaRule
+    through.__name__ = mixer.__name__  # by which other parts know what it is
+    return through
 
 
 def exchange_recurrences(model: Any) -> None:
-    """Let a model's gated delta rules call its attention function, for good.
+    """Let a model's layers with a recurrent state call its attention function, for good.
 
     Raises:
         ModelError: they are of another kind than those that are known.
     """
     for module in model.modules():
-        if type(module).__name__.endswith("GatedDeltaNet"):
+        if type(module).__name__.endswith("GatedDeltaNet") or _is_mamba(module):
             module.config = model.config.get_text_config()
             form = _form(module)
             cut = 2 * form.key_heads * form.key_dim + form.heads * form.value_dim
             if form.channels != cut or form.heads % form.key_heads or form.taps < 2 or module.activation != "silu":
                 raise ModelError(
-                    "The model's linear attention is of another kind than Qwen3.5's.",
+                    "The model's recurrent states are of another kind than Qwen3.5's and Mamba 2's.",
                     note=f"Its convolution has {form.channels} channels and {form.taps} taps, and behind it is "
                     f"{module.activation!r:.40}; q, k and v have {cut} channels, in {form.key_heads} heads and "
                     f"{form.heads} of values. Needed are as many channels, 2 taps at least, silu, and a multiple of "

@@ -21,7 +21,7 @@ _ABOVE_ZERO = ("rope_theta", "routed_scaling_factor")
 _UNBOUND = ("time_step_limit",)  # Mamba's, which is infinite in configs of models without such layers, too
 _LARGEST = float(np.finfo(np.float32).max)
 _SHORT_CONVOLUTIONS = ("lfm2", "lfm2_moe", "lfm3")
-_GATED_DELTA_RULES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")  # layers of linear attention
+_RECURRENT = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "granitemoehybrid")
 _OWN_ATTENTION = ("falcon", "gpt_neo", "mpt")
 _OTHER_ATTENTION = ("linear", "chunked", "compressed", "indexed", "reference")  # words in the types of layers
 
@@ -40,7 +40,7 @@ def _features_of_config(config: Any) -> list[tuple[Any, str]]:
     text = config.get_text_config()
     types = getattr(text, "layer_types", None) or ()
     known = [CONVOLUTION] if text.model_type in _SHORT_CONVOLUTIONS else []
-    known += [LINEAR_ATTENTION] if text.model_type in _GATED_DELTA_RULES else []
+    known += [LINEAR_ATTENTION] if text.model_type in _RECURRENT else []
     unknown = [t for t in types if t not in known]
     other = [t for t in unknown if "attention" not in t or any(word in t for word in _OTHER_ATTENTION)]
     alibi = getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False)

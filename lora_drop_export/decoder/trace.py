@@ -4,9 +4,9 @@ Enters: a checkpoint, of which only the config is used. Leaves: a `TracedModel`:
   - each attention is one `lora_drop::CacheAttention(query, key, value[, sinks])` node, heads split and RoPE applied,
     query [B, H, S, D], key and value [B, Hkv, S, D], sinks [H] → [B, S, H, D], attributes layer, scale, sliding_window,
     softcap; each short convolution one `lora_drop::CacheConvolution(x, gate, taps[, bias])`, x and gate [B, S, d],
-    taps [d, 1, K] → [B, S, d], attribute layer; each gated delta rule one
-    `lora_drop::CacheRecurrence(x, decay, beta, taps[, bias])`, x [B, S, W], decay and beta [B, S, H], taps [W, 1, K]
-    → [B, S, H·Dv], attribute layer (recurrences.py);
+    taps [d, 1, K] → [B, S, d], attribute layer; each recurrent state one
+    `lora_drop::CacheRecurrence(x, decay, beta, taps[, bias][, skip])`, x [B, S, W], decay and beta [B, S, H], taps
+    [W, 1, K], skip [H] of Mamba → [B, S, H·Dv], attribute layer (recurrences.py);
   - each mixture of experts is one `lora_drop::Experts` node (experts.py);
   - the residual stream carries the names `hidden_states.0` … `hidden_states.n` (layer i reads i and makes i+1);
   - parameters are initializers with their Hugging Face names, external and without data;
@@ -58,7 +58,7 @@ class TracedModel:
         graph: see the module docstring.
         parameters: name → shape of the weights that a checkpoint has to give.
         windows: sliding window of each layer in positions, 0 for none; of a convolution the positions that it mixes,
-            also of that of a gated delta rule.
+            also of that before a recurrent state.
         heads: of each layer's attention; of a convolution one, as wide as a half of its channels; of a layer with a
             recurrent state those of the first attention.
         recurrence: of the `recurrent_layers`.
@@ -176,7 +176,7 @@ def _emit_convolution(call: ConvolutionCall, calls: _Calls) -> Any:
 
 
 def _emit_recurrence(call: RecurrenceCall, calls: _Calls) -> Any:
-    """One CacheRecurrence node in place of a gated delta rule, and a note of it in `calls`."""
+    """One CacheRecurrence node in place of what changes a state, and a note of it in `calls`."""
     import torch
 
     form = call.form
@@ -184,7 +184,7 @@ def _emit_recurrence(call: RecurrenceCall, calls: _Calls) -> Any:
     calls.recurrences[layer] = form
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::CacheRecurrence",
-        (call.x, call.decay, call.beta, call.taps, *(() if call.bias is None else (call.bias,))),
+        (call.x, call.decay, call.beta, call.taps, *(one for one in (call.bias, call.skip) if one is not None)),
         {"layer": layer},
         dtype=call.x.dtype,
         shape=(*call.x.shape[:2], form.heads * form.value_dim),

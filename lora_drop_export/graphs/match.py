@@ -190,7 +190,9 @@ def _change_matrices(graph: ir.Graph) -> frozenset[str]:
     """Names of the matrices [H, ·] that decide how far a token changes a recurrent state, and how fast that is
     forgotten."""
     found, seen = set(), set[ir.Value]()
-    todo = [value for node in filter(is_recurrence, graph) for value in node.inputs[1:3]]
+    nodes = list(filter(is_recurrence, graph))
+    heads = max((int(node.inputs[1].shape[2]) for node in nodes), default=0)  # type: ignore[union-attr, index, arg-type]
+    todo = [value for node in nodes for value in node.inputs[1:3]]
     while todo:
         value = todo.pop()
         node = None if value is None or value in seen else value.producer()
@@ -200,7 +202,9 @@ def _change_matrices(graph: ir.Graph) -> frozenset[str]:
         if node.op_type != "MatMul":
             todo.extend(node.inputs)
         elif (weight := viewed(node.inputs[1])).producer() is not None:  # type: ignore[arg-type]
-            found |= {str(one.name) for one in weight.producer().inputs if one is not None}  # type: ignore[union-attr]
+            weights = [one for one in weight.producer().inputs if one is not None]  # type: ignore[union-attr]
+            # Not Mamba's, which makes all that its state is given
+            found |= {str(one.name) for one in weights if one.shape and int(one.shape[0]) <= 2 * heads}  # type: ignore[arg-type]
     return frozenset(found)
 
 

@@ -1,9 +1,9 @@
-"""A gated delta rule in plain ONNX: entries of the last tokens, a convolution, and LinearAttention from the state.
+"""A recurrent state in plain ONNX: entries of the last tokens, a convolution, and LinearAttention from the state.
 
     x, decay, β → Concat → ScatterND            the new tokens' entries [B, S, E] join those of the last ones
     recent      → GatherND → Concat             K − 1 entries for the convolution, P that are not in the state, S new
     channels    → (Slice, Mul) ×K, Add, silu    q, k and v of P + S tokens
-    q, k        → RMSNormalization              of length 1
+    q, k        → RMSNormalization              of length 1, by the gated delta rule
     all         → LinearAttention → Slice       from the state before all of them; the S last are the new ones
 
 A token that pads, and one that is in the state already, has decay 0 and β 0 and changes nothing. What is there before a
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from lora_drop_runtime.bundle.graph_io import Recurrence
+from lora_drop_runtime.bundle.graph_io import GATED_DELTA, Recurrence
 
 from lora_drop_export.decoder.attention_interface import DOMAIN
 from lora_drop_export.decoder.recurrences import NORM_EPS
@@ -34,7 +34,7 @@ _END = int(np.iinfo(np.int64).max)
 
 
 def is_recurrence(node: ir.Node) -> bool:
-    """Whether it is a gated delta rule as traced (decoder/trace.py)."""
+    """Whether it is what changes a recurrent state, as traced (decoder/trace.py)."""
     return node.domain == DOMAIN and node.op_type == "CacheRecurrence"
 
 
@@ -63,7 +63,7 @@ def _range(ops: Ops, begin: ir.Value, end: ir.Value) -> ir.Value:
 
 @dataclass
 class Recurrences:
-    """Expands the gated delta rules of a graph in float32.
+    """Expands what changes the recurrent states of a graph in float32.
 
     Args:
         inputs: the graph's, by name.
@@ -107,7 +107,9 @@ class Recurrences:
     def expand(self, graph: ir.Graph, node: ir.Node) -> dict[str, ir.Value]:
         """Put plain nodes in the place of one; returns what becomes of its entries and of its state."""
         layer, form, ops = node.attributes["layer"].as_int(), self.form, Ops()
-        x, decay, beta, taps, *bias = node.inputs
+        x, decay, beta, taps, *rest = node.inputs
+        is_delta = form.rule == GATED_DELTA
+        skip = None if is_delta else rest.pop()
         assert x is not None
         assert taps is not None
         entries = ops("Concat", x, decay, beta, axis=2)
@@ -119,24 +121,36 @@ class Recurrences:
         written = ops("ScatterND", recent, shared.written, entries)
         found = ops("GatherND", recent, shared.earlier, batch_dims=1)
         both = ops("Concat", found, entries, axis=1)  # [B, K − 1 + P + S, E]
-        mixed = self._convolved(ops, both, taps, *bias)
+        mixed = self._convolved(ops, both, taps, *rest)
         axes, width = ops.ints([1, 2]), form.key_heads * form.key_dim
         changes = ops("Slice", both, ops.ints([form.taps - 1, form.channels]), ops.ints([_END, _END]), axes)
         changes = ops("Where", shared.is_new, changes, ops.constant(np.array(0, np.float32)))
         decay, beta = self._split(ops, changes, form.heads, form.heads)
-        directions, value = self._split(ops, mixed, 2 * width, form.heads * form.value_dim)
-        query, key = self._normed(ops, directions)
+        if is_delta:
+            directions, value = self._split(ops, mixed, 2 * width, form.heads * form.value_dim)
+        else:
+            value, directions = self._split(ops, mixed, form.heads * form.value_dim, 2 * width)
+        query, key = self._directions(ops, directions)
+        heads = None
+        if not is_delta:  # β scales what is added
+            heads = ops("Reshape", value, ops.ints([0, 0, form.heads, form.value_dim]))
+            scaled = ops("Mul", heads, ops("Unsqueeze", beta, ops.ints([3])))
+            value, beta = ops("Reshape", scaled, ops.ints([0, 0, form.heads * form.value_dim])), None
         state = self.inputs[f"past_recurrence.{layer}"]
         attributes: dict[str, Any] = {
             "q_num_heads": form.heads,
             "kv_num_heads": form.heads,
-            "scale": form.key_dim**-0.5,
-            "update_rule": "gated_delta",
+            "scale": form.key_dim**-0.5 if is_delta else 1.0,
+            "update_rule": form.rule,
         }
-        read = [query, key, value, state, decay, beta]
+        read = [query, key, value, state, decay, *((beta,) if beta is not None else ())]
         rule = ir.node("LinearAttention", read, attributes, num_outputs=2)
         ops.nodes.append(rule)
-        result = ops("Slice", rule.outputs[0], shared.pending, ops.ints([_END]), ops.ints([1]))
+        out = rule.outputs[0]
+        if heads is not None:
+            through = ops("Mul", heads, ops("Unsqueeze", skip, ops.ints([1])))
+            out = ops("Add", out, ops("Reshape", through, ops.ints([0, 0, form.heads * form.value_dim])))
+        result = ops("Slice", out, shared.pending, ops.ints([_END]), ops.ints([1]))
         ops.nodes[-1].name = f"{_PREFIX}{layer}{_MIXED}"
         result.type, result.shape = node.outputs[0].type, node.outputs[0].shape
         node.outputs[0].replace_all_uses_with(result)
@@ -164,24 +178,26 @@ class Recurrences:
             y = ops("Add", y, bias)
         return ops("Mul", y, ops("Sigmoid", y))
 
-    def _normed(self, ops: Ops, directions: ir.Value) -> Sequence[ir.Value]:
-        """q and k [B, N, H·Dk] with heads of length 1, one for each head of the state, of both [B, N, 2·Hk·Dk]."""
-        form = self.form
+    def _directions(self, ops: Ops, both: ir.Value) -> Sequence[ir.Value]:
+        """q and k [B, N, H·Dk], one for each head of the state, of both [B, N, 2·Hk·Dk]; Mamba's B is before its C."""
+        form, is_delta = self.form, self.form.rule == GATED_DELTA
         count, size, group = form.key_heads, form.key_dim, form.heads // form.key_heads
-        heads = ops("Reshape", directions, ops.ints([0, 0, 2 * count, size]))
-        # x / √(Σ x² + ε) is x / √(mean + ε / Dk) / √Dk
-        scale = ops.constant(np.full(size, size**-0.5, np.float32))
-        normed = ops("RMSNormalization", heads, scale, axis=-1, epsilon=NORM_EPS / size)
+        heads = ops("Reshape", both, ops.ints([0, 0, 2 * count, size]))
+        if is_delta:
+            # x / √(Σ x² + ε) is x / √(mean + ε / Dk) / √Dk
+            scale = ops.constant(np.full(size, size**-0.5, np.float32))
+            heads = ops("RMSNormalization", heads, scale, axis=-1, epsilon=NORM_EPS / size)
         if group > 1:
-            whole = ops("Unsqueeze", normed, ops.ints([3]))
-            normed = ops("Expand", whole, ops.ints([1, 1, 2 * count, group, size]))
+            whole = ops("Unsqueeze", heads, ops.ints([3]))
+            heads = ops("Expand", whole, ops.ints([1, 1, 2 * count, group, size]))
         width = form.heads * size
-        return self._split(ops, ops("Reshape", normed, ops.ints([0, 0, 2 * width])), width, width)
+        parts = self._split(ops, ops("Reshape", heads, ops.ints([0, 0, 2 * width])), width, width)
+        return parts if is_delta else parts[::-1]
 
 
 @dataclass(frozen=True)
 class ExpandedRecurrence:
-    """A gated delta rule in a neutral graph.
+    """What changes a layer's recurrent state, in a neutral graph.
 
     Attributes:
         layer: its number.

@@ -45,7 +45,7 @@ from .values import IR_VERSION, OPSET, external, initializer, middle_name, named
 
 
 def _keeps_tokens(node: ir.Node) -> bool:
-    """Whether it is an attention, a convolution or a gated delta rule as traced."""
+    """Whether it is an attention, a convolution or a recurrent state as traced."""
     return is_convolution(node) or is_recurrence(node) or (node.domain == DOMAIN and node.op_type == "CacheAttention")
 
 

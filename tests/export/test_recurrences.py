@@ -59,7 +59,17 @@ def olmo_hybrid() -> PreTrainedModel:
     return remembering(build(transformers.OlmoHybridForCausalLM, transformers.OlmoHybridConfig, seed=74, **own))
 
 
-@pytest.mark.parametrize("make", [qwen3_5, qwen3_next, qwen3_5_moe, olmo_hybrid])
+def granite_hybrid() -> PreTrainedModel:
+    """Mamba 2 with heads in groups, and experts behind it; no RoPE, and halves that count less than the stream."""
+    own: dict[str, Any] = {"num_hidden_layers": 4, "layer_types": ["mamba", "mamba", "attention", "mamba"]}
+    own |= {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 24, "mamba_expand": 2}
+    own |= {"shared_intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
+    own |= {"residual_multiplier": 0.6, "embedding_multiplier": 3.0, "logits_scaling": 2.0}
+    config = transformers.GraniteMoeHybridConfig
+    return remembering(build(transformers.GraniteMoeHybridForCausalLM, config, seed=75, **own))
+
+
+@pytest.mark.parametrize("make", [qwen3_5, qwen3_next, qwen3_5_moe, olmo_hybrid, granite_hybrid])
 def test_oracle(make: Any) -> None:
     """Its delta rule is transformers' own."""
     model, tokens = quartered(make()), torch.arange(3, 20)
@@ -84,12 +94,13 @@ def test_plan(policy: str, surrogate: str, sites: tuple[str, ...], tmp_path: Pat
     bundle = make_adapted_bundle(eight(), tmp_path, **options)
     plan = oracle_plan(bundle, tmp_path / "adapters")
     assert "d 64, 4/2 heads, 6 layers with states of 4 × 16 × 24, convolutions over 4 tokens" in describe(bundle)[0]
+    assert compare(bundle, target="ort", threads=1).passed
     with Session.open(bundle.root, policy=policy, threads=1) as session:
         for prompts, k in ((PROMPTS, 2), (LONG, 3)):
             assert_same_run(session, eight().model, plan, prompts, k)
 
 
-@pytest.mark.parametrize("make", [qwen3_next, qwen3_5_moe, olmo_hybrid])
+@pytest.mark.parametrize("make", [qwen3_next, qwen3_5_moe, olmo_hybrid, granite_hybrid])
 def test_other_family(make: Any, tmp_path: Path) -> None:
     source = traced_model(quartered(make()))
     options = ANY | {"drop_layers": ("0", "2.attn", "3.mlp"), "policy": "backfill", "rank": 2, "k": 2}
@@ -98,6 +109,21 @@ def test_other_family(make: Any, tmp_path: Path) -> None:
     with Session.open(bundle.root, threads=1) as session:
         for prompts in (PROMPTS, LONG):
             assert_same_run(session, source.model, plan, prompts, 2)
+
+
+@pytest.mark.parametrize("policy", ["fill", "skip"])
+def test_mamba(policy: str, tmp_path: Path) -> None:
+    """In integers as well: the one product that makes all of its inputs is rounded, too."""
+    source, skips = traced_model(quartered(granite_hybrid())), policy == "skip"
+    sites = ("0.mlp", "2") if skips else ("0", "1.attn", "2.attn", "3.mlp")
+    bundle = make_adapted_bundle(source, tmp_path, **ANY, drop_layers=sites, policy=policy, rank=2, k=2)
+    plan = oracle_plan(bundle, tmp_path / "adapters")
+    with Session.open(bundle.root, threads=1) as session:
+        assert_same_run(session, source.model, plan, LONG, 2)
+    options = ANY | {"drop_layers": sites, "policy": policy, "dtype": "int4", "block_size": 32, "k": 2}
+    rounded = make_bundle(source, tmp_path / "int4", **options)
+    assert compare(rounded, target="ort", threads=1).passed
+    assert not [one for one in rounded.manifest.quantization.get("departures", ()) if "in_proj" in one["weights"]]
 
 
 @functools.cache

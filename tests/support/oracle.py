@@ -7,8 +7,8 @@ the model's; only two things are exchanged while it runs:
 
 * each decoder layer's `forward`, so that a dropped layer's LoRA step computes the surrogate instead;
 * the attention function, so that K and V lie in plain Python lists with a position beside each entry; short
-  convolutions, whose inputs lie there in the place of K; and gated delta rules, of which beside the convolution's input
-  the state after each token lies there.
+  convolutions, whose inputs lie there in the place of K; and recurrent states, of which the one after each token lies
+  there beside the convolution's input.
 
 It knows nothing of the product: no graphs, no batches, no capacities, no padding.
 """
@@ -105,6 +105,9 @@ class Row:
                 if hasattr(layer, "linear_attn"):
                     rule = layer.linear_attn
                     undo.enter_context(mock.patch.object(rule, "forward", partial(delta_rule, rule, i)))
+                if getattr(layer, "mamba", None) is not None:
+                    mixer = layer.mamba
+                    undo.enter_context(mock.patch.object(mixer, "forward", partial(mamba, mixer, i)))
                 norm = norm_after_attention(layer)
                 if norm is not None:
                     undo.enter_context(norm.register_forward_pre_hook(partial(self.keep_h, i)))
@@ -316,6 +319,27 @@ def delta_rule(module, layer: int, hidden_states: Tensor, **_unused) -> Tensor:
     norm = module.norm if hasattr(module, "norm") else module.o_norm
     project = module.out_proj if hasattr(module, "out_proj") else module.o_proj
     return project(norm(torch.stack(out), gate.reshape(heads, dim)).flatten())[None, None]
+
+
+def mamba(module, layer: int, hidden_states: Tensor, **_unused) -> Tensor:
+    """Mamba 2 (arXiv:2405.21060, Eq. 1) of a new token `[1, 1, d]`, from the state `[H, N, P]` after the last slot."""
+    if not running.attends:
+        return torch.zeros_like(hidden_states)
+    heads, dim, size, groups = module.num_heads, module.head_dim, module.ssm_state_size, module.n_groups
+    gate, new, step = module.in_proj(hidden_states)[0, 0].split([heads * dim, module.conv_dim, heads])
+    slots, position = running.slots[layer], running.position
+    taps, inputs = module.conv1d.weight[:, 0], [x for _, x, _ in slots] + [new]
+    mixed = module.conv1d.bias + sum(taps[:, -n] * x for n, x in enumerate(inputs[: -taps.shape[1] - 1 : -1], start=1))
+    x, B, C = torch.nn.functional.silu(mixed).split([heads * dim, groups * size, groups * size])
+    step, rate = torch.nn.functional.softplus(step + module.dt_bias), -torch.exp(module.A_log)
+    state, after, out = slots[-1][2] if slots else torch.zeros(heads, size, dim), [], []
+    for head, own in enumerate(x.reshape(heads, dim)):
+        b, c = (one.reshape(groups, size)[head // (heads // groups)] for one in (B, C))
+        S = torch.exp(step[head] * rate[head]) * state[head] + step[head] * torch.outer(b, own)
+        after.append(S)
+        out.append(c @ S + module.D[head] * own)
+    slots.append((position, new, torch.stack(after)))
+    return module.out_proj(module.norm(torch.cat(out)[None, None], gate[None, None]))
 
 
 def run_in_full(row: Row, tokens: Sequence[int]) -> tuple[Row, Tensor]:

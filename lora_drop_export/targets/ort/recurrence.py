@@ -12,7 +12,7 @@ from .linears import MICROSOFT
 
 
 def take_tokens(graph: ir.Graph, new_tokens: ir.Value) -> None:
-    """Let gated delta rules read how many tokens each row has from the input that says it.
+    """Let recurrent states read how many tokens each row has from the input that says it.
 
     Args:
         new_tokens: int32 [B].

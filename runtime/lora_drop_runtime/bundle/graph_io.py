@@ -90,16 +90,18 @@ class Heads:
 
 
 MOST_PENDING = 32  # tokens of a row that are not in a recurrent state yet
+GATED_DELTA, GATED = "gated_delta", "gated"  # rules by which tokens change a recurrent state, as ONNX calls them
 
 
 @dataclass(frozen=True)
 class Recurrence:
-    """Of a layer with a recurrent state, a gated delta rule, in the place of attention.
+    """Of a layer with a recurrent state in the place of attention.
 
     Attributes:
         channels: of q, k and v together, which a convolution over `taps` tokens mixes.
         key_heads, key_dim: of q and k.
         heads, key_dim, value_dim: of the state.
+        rule: `gated_delta` of Gated DeltaNet; `gated` of Mamba 2, whose C, B and x are q, k and v here, and Δ is β.
     """
 
     channels: int
@@ -108,6 +110,7 @@ class Recurrence:
     heads: int
     key_dim: int
     value_dim: int
+    rule: str
 
     @property
     def entry(self) -> int:

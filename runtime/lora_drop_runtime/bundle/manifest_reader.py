@@ -17,6 +17,7 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import ADAPTIVE, StepKind
 
+from .graph_io import GATED, GATED_DELTA
 from .manifest import (
     ATTENTION_FORMS,
     CHANNEL,
@@ -87,7 +88,9 @@ def _check_model(model: ModelFacts) -> None:
     if any(not 0 <= layer < model.num_layers for layer in model.recurrent_layers):
         raise ValueError(f"model.recurrent_layers names layers that the model does not have; it has {model.num_layers}")
     if model.recurrence is not None:
-        _check_positive("model.recurrence", model.recurrence, *(f.name for f in dataclasses.fields(model.recurrence)))
+        *sizes, rule = (field.name for field in dataclasses.fields(model.recurrence))
+        _check_positive("model.recurrence", model.recurrence, *sizes)
+        _check_one_of(f"model.recurrence.{rule}", model.recurrence.rule, (GATED_DELTA, GATED))
     _check_one_of("model.dtype", model.dtype, MODEL_DTYPES)
     _check_one_of("model.weight_dtype", model.weight_dtype, MODEL_DTYPES + QUANTIZED_DTYPES)
     _check_one_of("model.kv_dtype", model.kv_dtype, (None, *CACHE_DTYPES))

@@ -20,6 +20,7 @@ from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout
 from transformers import PreTrainedModel
 
+from tests.export.test_recurrences import granite_hybrid
 from tests.support import oracle
 from tests.support.covering import covering_array
 from tests.support.models import (
@@ -53,6 +54,7 @@ def random_adapters(plan: DropPlan, width: int, rank: int = 3) -> dict[str, tupl
 def made(name: str) -> tuple[PreTrainedModel, TeacherForcing]:
     """The oracle's model, which it does not change, and what is tested, on a copy."""
     others = {"gemma4": lambda: gemma4(hidden_size_per_layer_input=0, num_kv_shared_layers=0)}
+    others["granite_hybrid"] = granite_hybrid
     model = (FAMILIES | MORE_FAMILIES | others)[name]()
     return model, TeacherForcing(copy.deepcopy(model))
 
@@ -143,6 +145,12 @@ def test_convolutions(policy: str, sites: tuple[str, ...]) -> None:
 def test_recurrent_states(policy: str, sites: tuple[str, ...]) -> None:
     plan = DropPlan(3, sites, windowed_layers=(0, 2), rank=3, policy=policy, always_last=0, always_first=0)
     assert_as_the_oracle("qwen3_5", plan, policy, 3, rows=2)
+
+
+@pytest.mark.parametrize(("policy", "sites"), [("backfill", ("0", "3.attn")), ("fill", ("0", "1", "2.attn"))])
+def test_mamba(policy: str, sites: tuple[str, ...]) -> None:
+    plan = DropPlan(4, sites, windowed_layers=(0, 1, 3), rank=3, policy=policy, always_last=0, always_first=0)
+    assert_as_the_oracle("granite_hybrid", plan, policy, 3)
 
 
 def test_layers_that_need_more_than_the_stream_are_refused() -> None:
