@@ -255,7 +255,8 @@ def exchange_recurrences(model: Any) -> None:
             module.config = model.config.get_text_config()
             form = _form(module)
             cut = 2 * form.key_heads * form.key_dim + form.heads * form.value_dim
-            if form.channels != cut or form.heads % form.key_heads or form.taps < 2 or module.activation != "silu":
+            grouped = min(form.key_heads, form.heads) > 0 and form.heads % form.key_heads == 0
+            if form.channels != cut or not grouped or form.taps < 2 or module.activation != "silu":
                 raise ModelError(
                     "The model's recurrent states are of another kind than Qwen3.5's and Mamba 2's.",
                     note=f"Its convolution has {form.channels} channels and {form.taps} taps, and behind it is "

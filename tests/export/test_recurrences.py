@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.graph_io import MOST_PENDING
 from lora_drop_runtime.decoding.request import Request
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.schedule import LastLogits, StepKind
 from lora_drop_tools.inspect import describe
 from transformers import PreTrainedModel
 
 from lora_drop_export.check.verify import compare
 from tests.export.test_against_oracle import PROMPTS, assert_same_run
+from tests.runtime.decoding.test_batch import interrupted
 from tests.support import oracle
 from tests.support.bundles import Family, make_adapted_bundle, make_bundle, oracle_plan, traced_family, traced_model
 from tests.support.models import build, quartered, qwen3_5, remembering, skip_without
@@ -173,6 +176,51 @@ def test_rows_join_and_leave(keeps: bool, bundle: Bundle) -> None:
     assert bool(sum(reused)) == keeps
 
 
+@pytest.mark.parametrize("then", ["cancel", "add", "go on"])
+@pytest.mark.parametrize("count", [*range(1, 120, 5), None])
+def test_rows_go_on_behind_an_interrupt(count: int | None, then: str, bundle: Bundle) -> None:
+    """Wherever in a tick, and behind a step that has run, whose logits nobody got: None."""
+    prompts, found = [[5], [7, 3, 11], [6, 8], [9, 4]], dict[int, list[int]]()
+    alone = _alone(bundle, prompts, [7] * 4)
+    with Batch.open(bundle.root, slots=3, threads=1, keep_prefixes=True) as batch:
+        ends = dict[int, str]()
+
+        def tick() -> None:
+            for event in batch.tick():
+                found[event.row] += [] if event.token is None else [event.token]
+                if event.finished:
+                    ends[event.row] = event.finished
+
+        def add(prompt: list[int]) -> int:
+            found[row := batch.add(prompt, 7, stop_token_ids=())] = []
+            return row
+
+        for prompt in prompts[:2]:
+            add(prompt)
+        for _ in range(3):
+            tick()
+        with (
+            mock.patch.object(batch._slots, "logits", side_effect=KeyboardInterrupt)
+            if count is None
+            else interrupted(count, "slots.py"),
+            contextlib.suppress(KeyboardInterrupt),
+        ):
+            tick()
+        if then == "cancel":
+            batch.cancel(0)
+        elif then == "add":
+            add(prompts[2])
+        while batch.rows:
+            tick()
+        add(prompts[3])
+        while batch.rows:
+            tick()
+    wanted = [*alone[: 3 if then == "add" else 2], alone[3]]
+    for row, tokens in found.items():
+        assert tokens == wanted[row][: len(tokens)]
+        assert ends[row] == "length" or (ends[row], then, row) == ("cancelled", "cancel", 0)
+
+
 def test_prefix(bundle: Bundle) -> None:
     """A request goes on behind the one before where that has its states, and begins anew where they are of more."""
     first = [7, 3, 11, 19, 2]
@@ -247,6 +295,31 @@ def test_most_lora_steps(bundle: Bundle) -> None:
         session.prefill(np.array([[7, 3]]), k=MOST_PENDING)
         for _ in range(2 * MOST_PENDING):
             session.step(np.array([5]))
+
+
+def test_most_lora_steps_of_a_row(bundle: Bundle) -> None:
+    """A row that would go beyond them is refused, or fails alone."""
+
+    class Never:
+        def kind(self, step: int, last: LastLogits | None) -> StepKind:
+            return StepKind.LORA
+
+    prompts, most = [[7, 3, 11], [5]], MOST_PENDING
+    (alone,) = _alone(bundle, prompts[1:], [40])
+    with Batch.open(bundle.root, slots=2, threads=1) as batch:
+        with pytest.raises(InputError, match="Too many LoRA steps follow each other"):
+            batch.add(prompts[0], most + 2, k=most + 1)
+        batch.add(prompts[0], most + 1, k=most + 1, stop_token_ids=())
+        batch.add(prompts[1], 40, stop_token_ids=())
+        batch.add(prompts[0], 40, k=Never(), stop_token_ids=())
+        events = []
+        while batch.rows:
+            events += batch.tick()
+    ends = {event.row: event for event in events if event.finished}
+    assert [ends[row].finished for row in range(3)] == ["length", "length", "failed"]
+    assert isinstance(ends[2].error, InputError)
+    assert [sum(event.row == row and event.token is not None for event in events) for row in (0, 2)] == [most + 1] * 2
+    assert [event.token for event in events if event.row == 1] == alone
 
 
 def test_policy(bundle: Bundle) -> None:

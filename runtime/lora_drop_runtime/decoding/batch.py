@@ -89,6 +89,7 @@ class Batch:
         if several:
             prepare_for_several(engine)
         self._slots = slots_for(bundle, engine, self._count, most, several, self._chunk)
+        self._most_lora_steps = None if isinstance(self._slots, PagedSlots) else self._slots.most_lora_steps
         self._most_bytes = checks.checked_cache_bytes(kv_cache_bytes, self._paged)
         block = self._slots.bytes_of(dict.fromkeys(self._capacity, 1), None)
         checks.check_block(block, self.row_bytes, self._most_bytes)
@@ -337,6 +338,8 @@ class Batch:
         needed = self._dropped_slots(verifier, context, kept - context, chosen)
         if not self._paged:
             checks.check_fits(needed, self._capacity["slots_dropped"])
+        if isinstance(chosen, PeriodicSchedule):
+            checks.check_lora_steps(min(chosen.k, kept - context), self._most_lora_steps)
         takes, back = {"slots_kept": kept, "slots_dropped": needed}, most_taken_back(verifier, chosen)
         stops = frozenset(checks.stop_ids(stop_token_ids, manifest.special_tokens.eos))
         likeliest = checks.checked_logprobs(logprobs)
@@ -357,7 +360,7 @@ class Batch:
             number = self._added
             self._added += 1
             sampler = RowSampler(sampling, prompt, stream, number, own)
-            limits_of_runs = self._chunk, self._engine.verified_tokens
+            limits_of_runs = self._chunk, self._engine.verified_tokens, self._most_lora_steps
             why = why_single_steps(self._engine, chosen, verifier, sampling, own, likeliest)
             self._waiting.append(Row(number, prompt, options, sampler, *limits_of_runs, why, self._tell))
         return number

@@ -137,6 +137,16 @@ def states_are_ahead(row: int, length: int, tokens: int) -> InputError:
     )
 
 
+def check_lora_steps(steps: int, most: int | None) -> None:
+    """That follow each other."""
+    if most is not None and steps > most:
+        raise InputError(
+            "Too many LoRA steps follow each other.",
+            note=f"They are {steps}; layers with a recurrent state take {most} between two refreshes.",
+            hint=f"Use k of {most} or less.",
+        )
+
+
 def interrupted_cycle() -> InputError:
     return InputError(
         "A cycle on the device was interrupted as it was begun.",

@@ -16,6 +16,7 @@ from lora_drop_runtime.plan.drafting import DraftSource, VerifiedSchedule
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import AdaptiveSchedule, JoinedSchedule, PeriodicSchedule, Schedule, StepKind
 
+from . import checks
 from .cycle import Cycle
 from .drafter import Drafter
 from .flight import FirstState
@@ -110,6 +111,7 @@ class Row:
         prompt: int64 [T].
         chunk: the most tokens in one run.
         most_verified: of them the most whose logits are wanted; None for no limit.
+        most_lora_steps: that follow each other; None for no limit.
         tell: is given each event as it happens.
 
     Attributes:
@@ -131,6 +133,7 @@ class Row:
         sampler: RowSampler,
         chunk: int,
         most_verified: int | None,
+        most_lora_steps: int | None,
         why_single_steps: str,
         tell: Callable[[Event], None],
     ) -> None:
@@ -144,6 +147,7 @@ class Row:
         self._given: list[int] = prompt[options.context :].tolist()
         self._sampler, self._chunk = sampler, chunk
         self._most_verified = chunk if most_verified is None else min(chunk, most_verified)
+        self._most_lora_steps = most_lora_steps
         self._left = options.new_tokens
         self._cycles: list[VerifiedCycle] = []
         self._chosen: int | None = None  # on the device, by the latest run
@@ -344,6 +348,7 @@ class Row:
                     return
             kind = cycle.next_kind(lambda seen=logits: seen[None])  # type: ignore[misc]
             if kind is StepKind.LORA:
+                checks.check_lora_steps(len(since_refresh) + 1, self._most_lora_steps)
                 found, _ = yield Run(kind, [token], self.kept, self.dropped)
                 since_refresh.append(token)
                 self.dropped += policy.fills

@@ -31,10 +31,10 @@ from lora_drop_runtime.engines.engine import (
     DeviceBuffer,
     Step,
 )
-from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import StepKind
 
+from . import checks
 from .buffers import RowBuffers
 from .sampling import Ids
 
@@ -89,7 +89,8 @@ class _RecurrentStates:
     """Which tokens are in the recurrent states of rows, where layers have any; else nothing.
 
     A refresh reads one side of the states and writes the other, of all rows: those that stand still are copied there.
-    So the side that it has read is as it was, and what is interrupted before it was counted can be repeated.
+    So the side that it has read is as it was, and what is interrupted before it was counted can be repeated. What an
+    interrupt must not come between is assigned in one statement.
 
     Attributes:
         tokens: of each slot, those that are in its states.
@@ -100,7 +101,7 @@ class _RecurrentStates:
         self._held = buffers
         self.tokens, self.side = [0] * count, 0
         self._sides = [0] * count  # where the states of each slot are, those of no row as well
-        self._before: list[int] = []  # tokens of the rows on the other side, where it is as before the latest run
+        self._before: dict[int, int] = {}  # tokens of slots on the other side, where it is as before the latest run
 
     @property
     def buffers(self) -> list[Buffer]:
@@ -113,19 +114,11 @@ class _RecurrentStates:
     def ready(self, kind: StepKind, runs: Sequence[Run], due: Collection[int]) -> None:
         """Before a run. Raises InputError where too many LoRA steps follow each other."""
         if any(runs[slot].kept < self.tokens[slot] for slot in due):  # the latest run was not counted
-            assert self._before, "the states of a row are ahead of it"
-            self.side = 1 - self.side
-            for slot, tokens in enumerate(self._before):
-                self.tokens[slot], self._sides[slot] = tokens, self.side
-        most = max(runs[slot].kept - self.tokens[slot] for slot in due)
-        if most + (kind is StepKind.LORA) > MOST_PENDING:
-            raise InputError(
-                "Too many LoRA steps follow each other.",
-                note=f"They are {most + 1}; layers with a recurrent state take {MOST_PENDING} between two refreshes.",
-                hint=f"Use k of {MOST_PENDING} or less.",
-            )
+            self._go_back()
+        if kind is StepKind.LORA:
+            checks.check_lora_steps(max(runs[slot].kept - self.tokens[slot] for slot in due) + 1, MOST_PENDING)
         if kind is StepKind.REFRESH:
-            self._before = []  # until it has run
+            self._before = {}  # until it has run
         for slot in range(len(runs)):
             if self._sides[slot] != self.side:
                 self._copy(self._held.recurrences[self._sides[slot]], slot, self._held.recurrences[self.side], slot)
@@ -134,23 +127,33 @@ class _RecurrentStates:
     def ran(self, rows: int, runs: Mapping[int, Run]) -> None:
         """A refresh of the rows in the first slots has run the tokens of some, and those that were not in their
         states."""
-        before = self.tokens[:rows]
-        self.side = 1 - self.side
-        self._sides[:rows] = [self.side] * rows
+        before, tokens, side = dict(enumerate(self.tokens[:rows])), self.tokens.copy(), 1 - self.side
         for slot, run in runs.items():
-            self.tokens[slot] = run.kept + len(run.tokens)
-        self._before = before
+            tokens[slot] = run.kept + len(run.tokens)
+        sides = [side] * rows + self._sides[rows:]
+        self.tokens, self._sides, self.side, self._before = tokens, sides, side, before
+
+    def _go_back(self) -> None:
+        """The latest run was not counted: all are on the other side what they were."""
+        assert self._before, "the states of a row are ahead of it"
+        tokens, sides, side = self.tokens.copy(), self._sides.copy(), 1 - self.side
+        for slot, count in self._before.items():
+            tokens[slot], sides[slot] = count, side
+        self.tokens, self._sides, self.side, self._before = tokens, sides, side, {}
 
     def begin(self, slot: int) -> None:
         """A row begins, with states and entries of no token: zeros."""
-        self._before = []
+        self._before.pop(slot, None)
         self.tokens[slot], self._sides[slot] = 0, self.side
         for buffer in (*self._held.recurrences[self.side].values(), *self._held.recent.values()):
             self._held.engine.zero(buffer[slot : slot + 1])
 
-    def copy(self, other: _RecurrentStates, source: int, target: int) -> None:
-        """Take a row's states, and the entries of its last tokens, from a slot of these or of other ones."""
-        self._before = []
+    def copy(self, other: _RecurrentStates, source: int, target: int, kept: int) -> None:
+        """Take the states of a row of so many tokens, and the entries of its last ones, from a slot of these or of
+        other ones."""
+        if kept < other.tokens[source]:
+            other._go_back()
+        self._before.pop(target, None)
         self._copy(other._held.recent, source, self._held.recent, target)
         self._copy(other._held.recurrences[other._sides[source]], source, self._held.recurrences[self.side], target)
         self.tokens[target], self._sides[target] = other.tokens[source], self.side
@@ -161,7 +164,8 @@ class _RecurrentStates:
 
     def exchange(self, one: int, other: int) -> None:
         """Let two slots exchange theirs, in the host's memory."""
-        self._before = []
+        for slot in (one, other):
+            self._before.pop(slot, None)
         for held in (self._held.recent, *self._held.recurrences):
             for buffer in held.values():
                 assert isinstance(buffer, np.ndarray)
@@ -206,6 +210,11 @@ class Slots:
     def have_recurrent_states(self) -> bool:
         """Whether layers have a state of all of a row's tokens, and not of each of its first ones."""
         return self._recurs
+
+    @property
+    def most_lora_steps(self) -> int | None:
+        """How many follow each other at most; None for no limit."""
+        return MOST_PENDING if self._recurs else None
 
     @property
     def nbytes(self) -> int:
@@ -303,7 +312,7 @@ class Slots:
         for name, state in self.buffers.states[self._side].items():
             before = other.buffers.states[other._side][name]
             self._engine.copy(before[source : source + 1], state[target : target + 1], None)
-        self._states.copy(other._states, source, target)
+        self._states.copy(other._states, source, target, kept)
 
     def exchange(self, one: int, other: int, ones: int, others: int) -> None:
         """Let two slots of no row exchange so many entries of all layers, in the host's memory. An interrupt leaves

@@ -350,11 +350,11 @@ class Interrupt:
         for name in ("batch", "row", "slots", "paged_slots", "kept_prefixes", "cycle", "flight", "sampling")
     )
 
-    def __init__(self, count: int) -> None:
-        self.left = count
+    def __init__(self, count: int, files: str | tuple[str, ...] = FILES) -> None:
+        self.left, self._files = count, files
 
     def __call__(self, frame: Any, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.replace("\\", "/").endswith(self.FILES):
+        if not frame.f_code.co_filename.replace("\\", "/").endswith(self._files):
             return None
         lines = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
         if event == "line" and "return events" not in lines:
@@ -365,10 +365,10 @@ class Interrupt:
 
 
 @contextlib.contextmanager
-def interrupted(count: int) -> Iterator[None]:
-    """Ctrl-C in the `count`-th line, which ends the block."""
+def interrupted(count: int, files: str | tuple[str, ...] = Interrupt.FILES) -> Iterator[None]:
+    """Ctrl-C in the `count`-th line of these files, which ends the block."""
     tracing = sys.gettrace()
-    sys.settrace(Interrupt(count))
+    sys.settrace(Interrupt(count, files))
     try:
         with contextlib.suppress(KeyboardInterrupt):
             yield
