@@ -232,9 +232,9 @@ def fusable_groups(model: ir.Model) -> list[tuple[str, ...]]:
     """Names of weights, and of biases, that a lowering makes one of when they lie back to back in one file; those that
     stay in float whatever becomes of the others stand last."""
     names, may_be = list[tuple[str, ...]](), quantizable(model.graph)
-    for group in linear_groups(model.graph):
-        weights = [str(linear.weight.name) for linear in group]
-        names.append(tuple(sorted(weights, key=lambda name: name not in may_be)))
+    for linears in linear_groups(model.graph):
+        group = sorted(linears, key=lambda linear: linear.weight.name not in may_be)
+        names.append(tuple(str(linear.weight.name) for linear in group))
         if group[0].bias is not None:
             names.append(tuple(str(linear.bias.name) for linear in group if linear.bias is not None))
     return names

@@ -175,7 +175,7 @@ class Packing:
         graph.insert_after(node, ops.nodes)
 
     def recur(self, graph: ir.Graph) -> None:
-        """Gated delta rules over chunks, as attention is."""
+        """Recurrent states over chunks, as attention is."""
         for one in recurrences(graph):
             entries, ops = one.entries.outputs[0], Ops()
             chunks = self.chunks(ops, entries)

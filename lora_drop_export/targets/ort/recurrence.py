@@ -1,4 +1,4 @@
-"""Gated delta rules → ONNX Runtime's own operator, which has a kernel for the CPU."""
+"""Recurrent states → ONNX Runtime's own operator, which has a kernel for the CPU."""
 
 from __future__ import annotations
 
