@@ -15,7 +15,8 @@ from typing import Any
 
 from lora_drop_runtime.bundle.adapters import read_adapters
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import CHANNEL, INTEGER_DTYPES, VERIFY_NAME, check_states
+from lora_drop_runtime.bundle.graph_io import MOST_PENDING
+from lora_drop_runtime.bundle.manifest import CHANNEL, INTEGER_DTYPES, VERIFY_NAME, check_states, too_many_lora_steps
 from lora_drop_runtime.dtypes import MODEL_DTYPES, short_name
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.files import is_utf8
@@ -154,7 +155,9 @@ def _warn_of_plan(plan: DropPlan, console: Console) -> None:
     if plan.sites:
         return
     windowed = (
-        f", {len(plan.windowed_layers)} have a sliding window or a short convolution" if plan.windowed_layers else ""
+        f", {len(plan.windowed_layers)} have a sliding window, a short convolution or a recurrent state"
+        if plan.windowed_layers
+        else ""
     )
     sources = f", other layers take the K and V of {len(plan.kv_sources)}" if plan.kv_sources else ""
     console.say(
@@ -296,6 +299,8 @@ def check_before_trace(
     if LINEAR_ATTENTION in (getattr(config, "layer_types", None) or ()):
         check_recurrent([name for name in options.targets if name != NO_TARGET], dtype, options.kv_dtype)
         check_states(POLICIES[options.policy or DEFAULT_POLICY])
+        if options.k > MOST_PENDING:
+            raise too_many_lora_steps(options.k)
     windows, width = windows_of_config(config), getattr(config, "hidden_size", None)
     if windows is not None and type(width) is int:
         plan = make_plan(windows, width, options, kv_sources(config))

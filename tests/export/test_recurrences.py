@@ -17,6 +17,7 @@ from lora_drop_runtime import Batch, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.graph_io import MOST_PENDING
 from lora_drop_runtime.decoding.request import Request
+from lora_drop_runtime.decoding.slots import Run, _RecurrentStates
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.schedule import LastLogits, StepKind
 from lora_drop_tools.inspect import describe
@@ -269,10 +270,10 @@ def test_fork(bundle: Bundle) -> None:
             assert np.array_equal(session.step(tokens[n]), expected[n])
 
 
-@pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.parametrize("k", [0, 2, MOST_PENDING])
 def test_interrupted_step_can_be_repeated(k: int, bundle: Bundle) -> None:
     """A refresh that ran and was not counted leaves the states before it."""
-    prompt, tokens = np.array([[7, 3, 11, 19, 2]]), [np.array([n]) for n in range(10, 18)]
+    prompt, tokens = np.array([[7, 3, 11, 19, 2]]), [np.array([n]) for n in range(10, 18 + k)]
     with Session.open(bundle.root, threads=1) as session:
         session.prefill(prompt, k=k)
         expected = [session.step(one).copy() for one in tokens]
@@ -283,6 +284,66 @@ def test_interrupted_step_can_be_repeated(k: int, bundle: Bundle) -> None:
                 session.step(token)
             request.is_torn = False
             assert np.array_equal(session.step(token), wanted)
+
+
+def _interrupted_behind(name: str) -> Any:
+    """Let an interrupt come behind each call of a method of the states."""
+    real = getattr(_RecurrentStates, name)
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        real(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    return mock.patch.object(_RecurrentStates, name, interrupted)
+
+
+@pytest.mark.parametrize("name", ["ready", "ran"])
+@pytest.mark.parametrize("size", [3, 60])
+def test_interrupted_tick_can_be_repeated(size: int, name: str, bundle: Bundle) -> None:
+    """Also where a row has joined meanwhile, and where a run has more tokens than entries are kept."""
+    prompts, counts = [[7, 3, 11, 19, 2], [*range(9, 9 + size)], [5, 8]], [13, 16, 9]
+    alone, found = _alone(bundle, prompts, counts), dict[int, list[int]]()
+    with Batch.open(bundle.root, slots=3, threads=1) as batch:
+
+        def tick() -> None:
+            for event in batch.tick():
+                found[event.row] += [] if event.token is None else [event.token]
+
+        for prompt, count in zip(prompts, counts, strict=True):
+            found[batch.add(prompt, count, stop_token_ids=())] = []
+            for _ in range(9 if len(found) == 1 else 1):
+                with _interrupted_behind(name), contextlib.suppress(KeyboardInterrupt):
+                    tick()
+                tick()
+            with _interrupted_behind(name), contextlib.suppress(KeyboardInterrupt):
+                tick()
+        while batch.rows:
+            tick()
+    assert [*found.values()] == alone
+
+
+def test_a_run_in_several_calls_is_not_repeated(bundle: Bundle) -> None:
+    """Each call writes over the states before the one before it: behind an interrupt the row cannot go on."""
+    with Session.open(bundle.root, k=0, threads=1) as session:
+        session.prefill(np.array([[7, 3, 11]]))
+        states, run = session._running().slots._states, Run(StepKind.REFRESH, [5, 6], 3, 3)  # type: ignore[union-attr]
+        states.ready(StepKind.REFRESH, [run], [0])
+        states.ran(1, {0: run._replace(tokens=[5])})
+        states.ran(1, {0: run.behind(1)})
+        with pytest.raises(InputError, match="A run in several calls was interrupted"):
+            states.ready(StepKind.REFRESH, [run], [0])
+
+
+def test_fork_of_an_interrupted_step(bundle: Bundle) -> None:
+    prompt, token = np.array([[7, 3, 11, 19, 2]]), np.array([5])
+    with Session.open(bundle.root, k=0, threads=1) as session:
+        session.prefill(prompt)
+        expected = session.step(token).copy()
+        session.prefill(prompt)
+        with _interrupted_behind("ran"), pytest.raises(KeyboardInterrupt):
+            session.step(token)
+        with session.fork() as other:
+            assert np.array_equal(other.step(token), expected)
 
 
 def test_most_lora_steps(bundle: Bundle) -> None:

@@ -126,12 +126,13 @@ def test_caches_in_8_bits_of_latent_attention(export_refused, passes, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ("--k 33", ("Too many LoRA steps follow each other", "They are 33", "k of 32 or less")),
         ("--target openvino", ("Target openvino does not run layers with a recurrent state", "--target ort")),
         ("--target ort --target tensorrt-rtx", ("Target tensorrt-rtx does not run", "--target ort")),
         ("--target none --dtype bf16", ("are computed in float32", "would be bfloat16", "--dtype fp32")),
         ("--kv-dtype int8", ("has no caches of 8 bits", "--kv-dtype is int8")),
         ("--policy lossless", ("cannot be decoded under policy lossless", "no drafts")),
-        ("--drop-layers 0 --always-first 0", ("Layer 0 is named", "a short convolution")),
+        ("--drop-layers 0 --always-first 0", ("Layer 0 is named", "a short convolution or a recurrent state")),
     ],
 )
 def test_recurrent_states(export_refused, arguments, words):
@@ -321,7 +322,7 @@ def test_a_plan_that_drops_nothing_is_said(passes, capsys, arguments):
 @pytest.mark.usefixtures("stops_at_the_trace")
 def test_a_model_of_windows_alone_says_why_nothing_is_dropped(passes, place, tmp_path, capsys):
     passes(model=changed_model(place, tmp_path / "model", model_type="mistral", sliding_window=9))
-    assert "8 have a sliding window or a short convolution" in capsys.readouterr().err
+    assert "8 have a sliding window, a short convolution or a recurrent state" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("stops_at_the_trace")
@@ -331,8 +332,8 @@ def test_layers_that_others_need_are_among_why_nothing_is_dropped(passes, place,
     passes("--always-last", "2", "--drop-ratio", "0.1", model=model)
     said = " ".join(capsys.readouterr().err.split())
     assert (
-        "always kept, 4 have a sliding window or a short convolution, other layers take the K and V of 2. Every step"
-        in said
+        "always kept, 4 have a sliding window, a short convolution or a recurrent state, other layers take the K and V "
+        "of 2. Every step" in said
     )
 
 

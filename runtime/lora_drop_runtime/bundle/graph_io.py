@@ -32,8 +32,8 @@ Layers with a recurrent state (r.) have no K and V. `past_recurrence` is their s
 of a row, zeros after none; `past_recent` holds the entries of the last tokens, that of position p in slot p modulo
 `Recurrence.recent`, zeros where no token was yet, and one slot more for what nobody reads. Both steps write entries;
 the state of those tokens that are not in `past_recurrence` they make of the entries. A refresh leaves the state after
-all its tokens in `present_recurrence`, which is not `past_recurrence` in place: those whose tokens it ran may be run
-again from there. Of `len_kept` − `len_state` tokens before it a step takes `MOST_PENDING` at most.
+all its tokens in `present_recurrence`. Neither that nor its `present_recent` is in place, so the same tokens can be run
+again. Of `len_kept` − `len_state` tokens before it a step takes `MOST_PENDING` at most.
 
 Rows may have different numbers of new tokens where an engine says so. The last entry of a row of `logits_index` is its
 last new token, what follows it in `input_ids` is padding; −1 says that the row stands still: no cache and no state of
@@ -130,8 +130,8 @@ class Recurrence:
 
     @property
     def row_values(self) -> int:
-        """Values of a row: its state twice, and what is kept of its last tokens."""
-        return 2 * self.state_values + (self.recent + 1) * self.entry
+        """Values of a row: its state and what is kept of its last tokens, both twice."""
+        return 2 * (self.state_values + (self.recent + 1) * self.entry)
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,8 @@ def graph_io(
             form = cache.recurrence
             recent, state = ("batch", form.recent + 1, form.entry), ("batch", form.heads, form.key_dim, form.value_dim)
             inputs.append(TensorSpec(f"past_recent.{layer}", cache.dtype, recent))
-            outputs.append(TensorSpec(f"present_recent.{layer}", cache.dtype, recent, f"past_recent.{layer}"))
+            in_place = None if refresh else f"past_recent.{layer}"
+            outputs.append(TensorSpec(f"present_recent.{layer}", cache.dtype, recent, in_place))
             if refresh or layer not in dropped:
                 inputs.append(TensorSpec(f"past_recurrence.{layer}", "float32", state))
             if refresh:

@@ -14,7 +14,7 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import StepKind
 
-from .graph_io import CacheShape, GraphIO, Heads, LoweredIO, Recurrence, graph_io
+from .graph_io import MOST_PENDING, CacheShape, GraphIO, Heads, LoweredIO, Recurrence, graph_io
 
 FORMAT_VERSION = 5
 MANIFEST_NAME = "lora_drop.json"
@@ -338,6 +338,15 @@ def check_states(policy: Policy) -> None:
             note="Drafts that a refresh has run and does not accept would have to leave its layers' states again.",
             hint="Use a policy that verifies no drafts.",
         )
+
+
+def too_many_lora_steps(steps: int) -> InputError:
+    """The error where so many follow each other in a model with recurrent states."""
+    return InputError(
+        "Too many LoRA steps follow each other.",
+        note=f"They are {steps}; layers with a recurrent state take {MOST_PENDING} between two refreshes.",
+        hint=f"Use k of {MOST_PENDING} or less.",
+    )
 
 
 @dataclass(frozen=True)

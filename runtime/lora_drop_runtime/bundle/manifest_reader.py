@@ -87,6 +87,8 @@ def _check_model(model: ModelFacts) -> None:
         raise ValueError("model.recurrence and model.recurrent_layers are not there together")
     if any(not 0 <= layer < model.num_layers for layer in model.recurrent_layers):
         raise ValueError(f"model.recurrent_layers names layers that the model does not have; it has {model.num_layers}")
+    if len(set(model.recurrent_layers)) < len(model.recurrent_layers):
+        raise ValueError("model.recurrent_layers names a layer twice")
     if model.recurrence is not None:
         *sizes, rule = (field.name for field in dataclasses.fields(model.recurrence))
         _check_positive("model.recurrence", model.recurrence, *sizes)

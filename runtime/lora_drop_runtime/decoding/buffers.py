@@ -21,15 +21,14 @@ class RowBuffers:
     """Caches and states of some rows, by the names of the step graphs.
 
     A state that LoRA steps update is double-buffered: they read one of `states` and write the other. Else both are one.
-    So are the recurrent states of layers, `recurrences`, of which a refresh writes the side that it does not read.
-    `recent` has the entries of their last tokens.
+    So are the recurrent states of layers and the entries of their last tokens, `recurrences`, of which a refresh writes
+    the side that it does not read.
     """
 
     bundle: Bundle
     engine: BindingEngine
     caches: dict[str, Buffer]
     states: tuple[States, States]
-    recent: dict[str, Buffer]
     recurrences: tuple[dict[str, Buffer], dict[str, Buffer]]
 
     @classmethod
@@ -47,8 +46,8 @@ class RowBuffers:
                 if spec.name.startswith(prefixes)
             }
 
-        caches, recent = allocated("past_key.", "past_value."), allocated("past_recent.")
-        recurrences = allocated("past_recurrence.", end=".0"), allocated("past_recurrence.", end=".1")
+        caches, of_states = allocated("past_key.", "past_value."), ("past_recent.", "past_recurrence.")
+        recurrences = allocated(*of_states, end=".0"), allocated(*of_states, end=".1")
         outputs = {spec.name: spec for spec in io.outputs}
         states: list[States] = []
         for side in range(2 if manifest.plan.updated_states else 1):
@@ -59,7 +58,7 @@ class RowBuffers:
                     continue
                 spec = outputs[f"present_state.{site}"]
                 states[side][site] = engine.allocate_resident(f"state.{site}.{side}", spec.sized(sizes), spec.dtype)
-        return cls(bundle, engine, caches, (states[0], states[-1]), recent, recurrences)
+        return cls(bundle, engine, caches, (states[0], states[-1]), recurrences)
 
     @property
     def are_double(self) -> bool:
@@ -83,18 +82,16 @@ class RowBuffers:
             rows: of the caches and states; the rest is of these rows already.
             inputs: ids, index and lengths.
             before, after: the states that it reads and writes.
-            side: of the recurrent states, that it reads.
+            side: of the recurrent states and entries, that it reads.
         """
         io = self.bundle.manifest.io(kind, self.engine.target)
         read = dict(inputs)
         read |= {f"past_state.{site}": state[rows] for site, state in before.items()}
-        read |= {name: cache[rows] for name, cache in (self.caches | self.recent).items()}
-        read |= {name: state[rows] for name, state in self.recurrences[side].items()}
+        read |= {name: cache[rows] for name, cache in (self.caches | self.recurrences[side]).items()}
         written: dict[str, Any] = {"logits": logits, "next_token": next_token}
         written |= {f"present_state.{site}": state[rows] for site, state in after.items()}
-        # A LoRA step leaves recurrent states alone: where it has them as outputs they are its inputs
-        beside = self.recurrences[1 - side if kind is StepKind.REFRESH else side]
-        cached = self.caches | self.recent | beside
+        # A LoRA step leaves recurrent states alone, and writes entries where they are
+        cached = self.caches | self.recurrences[1 - side if kind is StepKind.REFRESH else side]
         written |= {f"present_{name.removeprefix('past_')}": cache[rows] for name, cache in cached.items()}
         return (
             {spec.name: read[spec.name] for spec in io.inputs},

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lora_drop_runtime.bounds import THREADS
-from lora_drop_runtime.bundle.manifest import Limits
+from lora_drop_runtime.bundle.manifest import Limits, too_many_lora_steps
 from lora_drop_runtime.errors import BundleError, InputError, counted, whole_number, wrong_type
 
 from .constraint import Constraint, check_parts
@@ -137,14 +137,18 @@ def states_are_ahead(row: int, length: int, tokens: int) -> InputError:
     )
 
 
+def states_are_torn() -> InputError:
+    return InputError(
+        "A run in several calls was interrupted before it was counted.",
+        note="Its first call has put tokens into recurrent states, and the next one has written over those before.",
+        hint="Begin the request again.",
+    )
+
+
 def check_lora_steps(steps: int, most: int | None) -> None:
     """That follow each other."""
     if most is not None and steps > most:
-        raise InputError(
-            "Too many LoRA steps follow each other.",
-            note=f"They are {steps}; layers with a recurrent state take {most} between two refreshes.",
-            hint=f"Use k of {most} or less.",
-        )
+        raise too_many_lora_steps(steps)
 
 
 def interrupted_cycle() -> InputError:

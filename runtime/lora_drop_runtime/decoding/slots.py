@@ -88,9 +88,9 @@ def valid_kv_bytes(manifest: Manifest, kept: int, dropped: int) -> dict[str, int
 class _RecurrentStates:
     """Which tokens are in the recurrent states of rows, where layers have any; else nothing.
 
-    A refresh reads one side of the states and writes the other, of all rows: those that stand still are copied there.
-    So the side that it has read is as it was, and what is interrupted before it was counted can be repeated. What an
-    interrupt must not come between is assigned in one statement.
+    A refresh reads one side of states and entries and writes the other, of all rows: those that stand still are copied
+    there. So the side that it has read is as it was, and what is interrupted before it was counted can be repeated; not
+    so where it took several calls. What an interrupt must not come between is assigned in one statement.
 
     Attributes:
         tokens: of each slot, those that are in its states.
@@ -101,11 +101,12 @@ class _RecurrentStates:
         self._held = buffers
         self.tokens, self.side = [0] * count, 0
         self._sides = [0] * count  # where the states of each slot are, those of no row as well
+        self._calls = 0  # of the latest refresh
         self._before: dict[int, int] = {}  # tokens of slots on the other side, where it is as before the latest run
 
     @property
     def buffers(self) -> list[Buffer]:
-        return [one for held in (self._held.recent, *self._held.recurrences) for one in held.values()]
+        return [one for held in self._held.recurrences for one in held.values()]
 
     def goes_back(self, slot: int, kept: int) -> bool:
         """Whether a row may go on behind so many tokens: its states are of no later one."""
@@ -118,7 +119,7 @@ class _RecurrentStates:
         if kind is StepKind.LORA:
             checks.check_lora_steps(max(runs[slot].kept - self.tokens[slot] for slot in due) + 1, MOST_PENDING)
         if kind is StepKind.REFRESH:
-            self._before = {}  # until it has run
+            self._before, self._calls = {}, 0  # until it has run
         for slot in range(len(runs)):
             if self._sides[slot] != self.side:
                 self._copy(self._held.recurrences[self._sides[slot]], slot, self._held.recurrences[self.side], slot)
@@ -130,12 +131,15 @@ class _RecurrentStates:
         before, tokens, side = dict(enumerate(self.tokens[:rows])), self.tokens.copy(), 1 - self.side
         for slot, run in runs.items():
             tokens[slot] = run.kept + len(run.tokens)
-        sides = [side] * rows + self._sides[rows:]
-        self.tokens, self._sides, self.side, self._before = tokens, sides, side, before
+        sides, calls = [side] * rows + self._sides[rows:], self._calls + 1
+        before = {} if self._calls else before
+        self.tokens, self._sides, self.side, self._before, self._calls = tokens, sides, side, before, calls
 
     def _go_back(self) -> None:
-        """The latest run was not counted: all are on the other side what they were."""
-        assert self._before, "the states of a row are ahead of it"
+        """The latest run was not counted: all are on the other side what they were. Raises InputError where a call of
+        the same run has written that side, too."""
+        if not self._before:
+            raise checks.states_are_torn()
         tokens, sides, side = self.tokens.copy(), self._sides.copy(), 1 - self.side
         for slot, count in self._before.items():
             tokens[slot], sides[slot] = count, side
@@ -145,7 +149,7 @@ class _RecurrentStates:
         """A row begins, with states and entries of no token: zeros."""
         self._before.pop(slot, None)
         self.tokens[slot], self._sides[slot] = 0, self.side
-        for buffer in (*self._held.recurrences[self.side].values(), *self._held.recent.values()):
+        for buffer in self._held.recurrences[self.side].values():
             self._held.engine.zero(buffer[slot : slot + 1])
 
     def copy(self, other: _RecurrentStates, source: int, target: int, kept: int) -> None:
@@ -154,7 +158,6 @@ class _RecurrentStates:
         if kept < other.tokens[source]:
             other._go_back()
         self._before.pop(target, None)
-        self._copy(other._held.recent, source, self._held.recent, target)
         self._copy(other._held.recurrences[other._sides[source]], source, self._held.recurrences[self.side], target)
         self.tokens[target], self._sides[target] = other.tokens[source], self.side
 
@@ -166,7 +169,7 @@ class _RecurrentStates:
         """Let two slots exchange theirs, in the host's memory."""
         for slot in (one, other):
             self._before.pop(slot, None)
-        for held in (self._held.recent, *self._held.recurrences):
+        for held in self._held.recurrences:
             for buffer in held.values():
                 assert isinstance(buffer, np.ndarray)
                 buffer[[one, other]] = buffer[[other, one]]
@@ -194,7 +197,7 @@ class Slots:
         names = ("len_kept", "len_dropped", "len_state")
         self._lengths = {name: engine.allocate(name, (count,), "int64") for name in names}
         self._kept_now, self._dropped_now, self._state_now = (lengths.data for lengths in self._lengths.values())
-        self._states, self._recurs = _RecurrentStates(self.buffers, count), bool(self.buffers.recent)
+        self._states, self._recurs = _RecurrentStates(self.buffers, count), bool(self.buffers.recurrences[0])
         self._most_verified = engine.verified_tokens or self._most_kept
         self._idle = -1 if engine.idle_rows else 0  # the place of a row that stands still
         self._side = self._written_side = 0  # of the states: what the next run reads, and what the latest one wrote
@@ -296,7 +299,7 @@ class Slots:
     def wipe(self, slot: int) -> None:
         """Forget what a row has left that had logits which are no numbers. Attention of some engines multiplies slots
         behind a row's length by 0, and 0 · NaN is NaN: whoever came after it would have none either."""
-        for held in (self.buffers.caches, *self.buffers.states, self.buffers.recent, *self.buffers.recurrences):
+        for held in (self.buffers.caches, *self.buffers.states, *self.buffers.recurrences):
             for buffer in held.values():
                 self._engine.zero(buffer[slot : slot + 1])
 

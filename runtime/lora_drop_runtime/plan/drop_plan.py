@@ -150,8 +150,8 @@ class DropPlan:
         if inner:
             raise PlanError(
                 "The drop list contains a layer that is always kept.",
-                note=f"Layer {inner[0]} is named, but it has a sliding window or a short convolution, and policy "
-                f"{self.policy} leaves holes in its cache.",
+                note=f"Layer {inner[0]} is named, but it has a sliding window, a short convolution or a "
+                f"recurrent state, and policy {self.policy} leaves holes in its cache.",
                 hint=f"Leave it out, name {inner[0]}.{MLP}, or use --policy {_without_holes()}.",
             )
         if always_kept:
@@ -253,8 +253,8 @@ class DropPlan:
         if windowed and policy.leaves_holes:
             raise PlanError(
                 f"The bundle cannot be decoded under policy {policy.name}.",
-                note=f"Layer {windowed[0]} is dropped; it has a sliding window or a short convolution, and holes would "
-                "shift that.",
+                note=f"Layer {windowed[0]} is dropped; it has a sliding window, a short convolution or a "
+                "recurrent state, and holes would shift that.",
                 hint=f"Use policy {self.policy}.",
             )
 

@@ -52,7 +52,11 @@ def plan_to_profile(
         raise PlanError(
             "No layer of the model may be dropped.",
             note=f"Of {len(windows)} the first {first} and the last {last} are always kept"
-            + (f", and {len(windowed)} have a sliding window or a short convolution." if windowed else "."),
+            + (
+                f", and {len(windowed)} have a sliding window, a short convolution or a recurrent state."
+                if windowed
+                else "."
+            ),
             hint="Use --policy backfill, or --sites halves for their MLPs."
             if layers
             else "Lower --always-first or --always-last.",
