@@ -37,15 +37,21 @@ _ROWS = 128  # tokens whose logits are
 
 @dataclass
 class _Cache:
-    """One layer's K and V per row, compact: row → [slots, Hkv, D]; and the rows' real tokens in this step."""
+    """What one layer keeps of each row, K and V of its attention or entries of its state; and the rows' real tokens in
+    this step."""
 
-    keys: list[Any]
-    values: list[Any]
+    kept: dict[type, tuple[list[Any], list[Any]]] = field(default_factory=dict)  # of calls: row → [slots, Hkv, D]
     new_tokens: Sequence[int] = ()
     scales: tuple[Any, Any] | None = None  # of K and V entries of 8 bits, [Hkv, 1, D or 1]
     dtype: str | None = None  # of these entries
     largest: tuple[Any, Any] | None = None  # |K| and |V| of the last call, [Hkv, 1, D]
     writes: bool = True  # whether new tokens join it; where they do not, nothing is attended to
+
+    def take_back(self, tokens: int) -> None:
+        """Forget so many of the last ones of each row."""
+        for stores in self.kept.values():
+            for store in stores:
+                store[:] = [rows[:-tokens] for rows in store]
 
 
 def _tokens_again(kinds: Sequence[StepKind], policy: Policy) -> list[int]:
@@ -80,12 +86,13 @@ def _attend(cache: _Cache, call: AttentionCall | ConvolutionCall | RecurrenceCal
             _entries(tensor / scale, cache.dtype) * scale
             for tensor, scale in zip((key, value), cache.scales, strict=True)
         )
-    rows = []
+    rows, batch = [], len(cache.new_tokens)
+    stores = cache.kept.setdefault(type(call), ([None] * batch, [None] * batch))
     for row, new in enumerate(cache.new_tokens):
-        for store, tensor in ((cache.keys, key), (cache.values, value)):
+        for store, tensor in zip(stores, (key, value), strict=True):
             added = tensor[row, :, :new].transpose(0, 1)  # [new, Hkv, D]
             store[row] = added if store[row] is None else torch.cat([store[row], added])
-        keys, values = (store[row].transpose(0, 1)[None] for store in (cache.keys, cache.values))  # [1, Hkv, slots, D]
+        keys, values = (store[row].transpose(0, 1)[None] for store in stores)  # [1, Hkv, slots, D]
         slots = keys.shape[2]
         own = torch.arange(slots - new, slots)[:, None]  # the slot of each new token
         seen = torch.arange(slots)[None] <= own
@@ -133,7 +140,7 @@ class Reference:
     dtype: str = "float32"
     _states: dict[str, Any] = field(default_factory=dict)  # of the running layer's sites, [B, 1, d]
     _begun: dict[tuple[str, int], Any] = field(default_factory=dict)  # first site of a run, step → what it was given
-    _cache: _Cache = field(default_factory=lambda: _Cache([], []))  # of the layer that is running
+    _cache: _Cache = field(default_factory=_Cache)  # of the layer that is running
 
     def _model(self, ids: npt.NDArray[np.int64]) -> StreamedModel:
         """`ids`: all that will be looked up."""
@@ -288,7 +295,7 @@ class Reference:
         import torch
 
         batch = hidden[0].shape[0]
-        cache = self._cache = _Cache([None] * batch, [None] * batch)
+        cache = self._cache = _Cache()
         if self.kv_scales:
             cache.dtype = self.kv_dtype
             cache.scales = tuple(as_tensor(self.kv_scales[f"kv_scales.{index}.{part}"]) for part in ("key", "value"))
@@ -301,8 +308,7 @@ class Reference:
                 outputs.append(self._lora_layer(index, layer, x, call[index]))
                 continue
             if stale and index not in self.plan.dropped_attentions:  # which have not written them
-                cache.keys = [keys[:-stale] for keys in cache.keys]
-                cache.values = [values[:-stale] for values in cache.values]
+                cache.take_back(stale)
             middle, y = _run(layer, x, call[index])
             if step == 0 and StepKind.LORA in kinds and self._needs_middle(index):
                 self._check_middle(index, layer, x, call[index], middle, y)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle, record_file
+from lora_drop_runtime.bundle.graph_io import NO_HEADS
 from lora_drop_runtime.bundle.manifest import CHANNEL, VERIFY_NAME, FileRecord
 from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.errors import BundleError, InputError, ModelError
@@ -60,7 +61,7 @@ def _check_addable(bundle: Bundle, targets: Sequence[str], options: ExportOption
     if model.recurrent_layers:
         check_recurrent(targets, model.dtype, model.kv_dtype)
     if manifest.model.kv_dtype is not None:
-        head_dims = frozenset(one.head_dim for one in manifest.model.heads)
+        head_dims = frozenset(one.head_dim for one in manifest.model.heads if one != NO_HEADS)
         fills, convolves = manifest.plan.refresh_policy.fills, bool(manifest.model.convolutions)
         caches = Caches(manifest.model.kv_dtype, head_dims, fills, convolves)
         for target in targets:

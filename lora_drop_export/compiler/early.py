@@ -32,8 +32,10 @@ from lora_drop_export.console import Console
 from lora_drop_export.decoder.anatomy import kv_sources
 from lora_drop_export.decoder.context import (
     CONVOLUTION,
+    HYBRID,
     LINEAR_ATTENTION,
     convolution_window,
+    is_recurrent,
     recurrence_window,
     window_within,
 )
@@ -94,6 +96,7 @@ def windows_of_config(config: Any) -> tuple[int, ...] | None:
             "sliding_attention": size,
             CONVOLUTION: convolution_window(config),
             LINEAR_ATTENTION: recurrence_window(config),
+            HYBRID: recurrence_window(config),
         }
         return tuple(sizes.get(kind, 0) for kind in types)
     # Code that a model brings may mean something else by it
@@ -296,7 +299,7 @@ def check_before_trace(
     make_limits(config, options)
     fingerprint = checkpoint.fingerprint()
     check_drop_list(options.drop_list_fingerprint, checkpoint.name, fingerprint)
-    if LINEAR_ATTENTION in (getattr(config, "layer_types", None) or ()):
+    if is_recurrent(config):
         check_recurrent([name for name in options.targets if name != NO_TARGET], dtype, options.kv_dtype)
         check_states(POLICIES[options.policy or DEFAULT_POLICY])
         if options.k > MOST_PENDING:

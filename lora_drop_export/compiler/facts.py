@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.bundle.adapters import AdapterConfig, folded, read_adapter_config, read_adapters, weight_shapes
+from lora_drop_runtime.bundle.graph_io import NO_HEADS
 from lora_drop_runtime.bundle.manifest import Limits, ModelFacts, SpecialTokens
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.dtypes import BY_NAME, MODEL_DTYPES
@@ -320,6 +321,7 @@ def model_facts(
     rows = [t for name, t in stored.items() if not name.startswith(prefix) and t.shape[1:] == (traced.hidden_size,)]
     tables = [t.bytes_read // t.shape[0] for t in rows if t.shape[0] >= traced.vocab_size]
     embedding_row_bytes = tables[0] if tables else traced.hidden_size * BY_NAME[dtype].size_bytes
+    heads = next(one for one in traced.heads if one != NO_HEADS)
     return ModelFacts(
         name=one_line(checkpoint.name),  # which a directory's need not be
         model_type=checkpoint.config.model_type,
@@ -327,9 +329,9 @@ def model_facts(
         num_layers=len(traced.windows),
         hidden_size=traced.hidden_size,
         vocab_size=traced.vocab_size,
-        num_heads=traced.heads[0].num_heads,
-        kv_heads=traced.heads[0].kv_heads,
-        head_dim=traced.heads[0].head_dim,
+        num_heads=heads.num_heads,
+        kv_heads=heads.kv_heads,
+        head_dim=heads.head_dim,
         context_length=context_length(checkpoint.config),
         dtype=dtype,
         windows=traced.windows,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
+import inspect
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,6 +40,7 @@ def first_output(output: Any) -> Any:
 _AFTER_ATTENTION = (  # the first that a layer has; Gemma's `post_attention_layernorm` norms an output
     "pre_feedforward_layernorm",
     "feedforward_layernorm",
+    "pre_ff_layernorm",
     "post_attention_layernorm",
     "mlp_norm",
     "ffn_norm",
@@ -56,6 +61,25 @@ def between_halves(layer: Any) -> Any:
     return layer
 
 
+@functools.cache
+def _returned(layer: Any) -> int | None:
+    """How many values the forward of a class of layers gives, as its last line says; None for one that is no tuple."""
+    try:
+        code = textwrap.dedent(inspect.getsource(inspect.unwrap(layer.forward)))
+    except (OSError, TypeError):  # no file has it
+        return None
+    last = ast.parse(code).body[0].body[-1]  # type: ignore[attr-defined]  # it is a function
+    given = last.value if isinstance(last, ast.Return) else None
+    return len(given.elts) if isinstance(given, ast.Tuple) else None
+
+
+def _values_beside(layer: Any) -> int | None:
+    """How many values a layer gives beside the hidden states; None where it gives those alone, in no tuple."""
+    kind: Any = type(layer)
+    count = _returned(kind)
+    return None if count is None else count - 1
+
+
 class Recorder:
     """Replaces every layer by one that notes its arguments and passes the hidden states on.
 
@@ -68,13 +92,14 @@ class Recorder:
         self.arguments: list[tuple[Any, Any]] = []
         for index, layer in enumerate(layers):
             final = result if index == len(layers) - 1 else None
-            layer.forward = self._stand_in(final)
+            layer.forward = self._stand_in(final, _values_beside(layer))
 
-    def _stand_in(self, result: Any) -> Callable[..., Any]:
+    def _stand_in(self, result: Any, beside: int | None) -> Callable[..., Any]:
         def forward(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
             self.inputs.append(hidden_states)
             self.arguments.append((args, kwargs))
-            return hidden_states if result is None else result
+            output = hidden_states if result is None else result
+            return output if beside is None else (output, *[None] * beside)
 
         return forward
 

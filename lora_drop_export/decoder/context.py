@@ -11,6 +11,10 @@ _ORIGINAL = "original_max_position_embeddings"
 _UNKNOWN = 2048
 CONVOLUTION = "conv"  # type of a layer with a short convolution, in `layer_types`
 LINEAR_ATTENTION = "linear_attention"  # the same of one with a recurrent state
+HYBRID = "hybrid"  # and of one with both that and attention
+MLPS = ("mlp", "moe")  # and of one that is an MLP alone, in families whose layers are halves of others'
+_HALVES = ("nemotron_h",)  # these families
+_TAPS = ("linear_conv_kernel_dim", "mamba_d_conv", "conv_kernel")
 _MOST = 2**63 - 1  # of a manifest
 
 
@@ -58,8 +62,18 @@ def convolution_window(config: Any) -> int:
 
 def recurrence_window(config: Any) -> int:
     """Positions that the convolution before a recurrent state sees; 0 in models without any."""
-    size = getattr(config, "linear_conv_kernel_dim", None) or getattr(config, "mamba_d_conv", None)
+    size = next((size for name in _TAPS if (size := getattr(config, name, None))), None)
     return size if type(size) is int else 0
+
+
+def is_recurrent(config: Any) -> bool:
+    """Whether layers have a recurrent state."""
+    return not {LINEAR_ATTENTION, HYBRID}.isdisjoint(getattr(config, "layer_types", None) or ())
+
+
+def is_mlp(config: Any, layer: int) -> bool:
+    """Whether a layer mixes no tokens: in families whose layers are halves of others' the types say so."""
+    return config.model_type in _HALVES and config.layer_types[layer] in MLPS
 
 
 def window_within(config: Any, size: int | None) -> int:

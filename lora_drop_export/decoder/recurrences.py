@@ -170,12 +170,12 @@ class RecurrenceCall:
         return found
 
 
-_MAMBA = "GraniteMoeHybridMambaLayer"
+_MAMBA = ("GraniteMoeHybridMambaLayer", "BambaMixer", "NemotronHMamba2Mixer", "FalconH1Mixer")
 
 
 def _is_mamba(module: Any) -> bool:
     """Whether it has a state by the rule of Mamba 2."""
-    return type(module).__name__ == _MAMBA
+    return type(module).__name__ in _MAMBA
 
 
 def shifted_window(call: AttentionCall | ConvolutionCall | RecurrenceCall) -> int:
@@ -208,6 +208,18 @@ def _projected(mixer: Any, hidden: Any) -> tuple[Any, Any, Any, Any]:
     return x, mixer.g_proj(hidden), mixer.b_proj(hidden), mixer.a_proj(hidden)
 
 
+def _scaled(mixer: Any, hidden: Any) -> Any:
+    """What Mamba's first product gives; Falcon H1 has numbers of its own for what goes into it and for its parts."""
+    import torch
+
+    if not hasattr(mixer, "ssm_in_multiplier"):
+        return mixer.in_proj(hidden)
+    inner, group = mixer.intermediate_size, mixer.groups_time_state_size
+    parts = zip(mixer.config.ssm_multipliers, (inner, inner, group, group, mixer.num_heads), strict=True)
+    numbers = torch.cat([torch.full((width,), number, dtype=hidden.dtype) for number, width in parts])
+    return mixer.in_proj(hidden * mixer.ssm_in_multiplier) * numbers.to(hidden.device)
+
+
 @functools.cache
 def _through_interface(mixer: type[Any]) -> Any:
     """The class of a mixer whose state goes through the attention function that its config names."""
@@ -217,14 +229,17 @@ def _through_interface(mixer: type[Any]) -> Any:
             import torch
 
             widths = [self.intermediate_size, self.conv_dim, self.num_heads]
-            gate, x, step = self.in_proj(hidden_states).split(widths, dim=2)
+            gate, x, step = _scaled(self, hidden_states).split(widths, dim=2)
             step = torch.nn.functional.softplus(step.float() + self.dt_bias)
             least, most = self.time_step_limit
             if (least, most) != (0, float("inf")):
                 step = step.clamp(least, most)
             decay, convolution = step * -self.A_log.float().exp(), self.conv1d
             call = RecurrenceCall(self, x, decay, step, convolution.weight, convolution.bias, _form(self), self.D)
-            return self.out_proj(self.norm(attention_function(self.config._attn_implementation)(call), gate))
+            mixed = attention_function(self.config._attn_implementation)(call)
+            if isinstance(self.norm, torch.nn.Identity):  # of a Falcon H1 without
+                return self.out_proj(mixed * torch.nn.functional.silu(gate))
+            return self.out_proj(self.norm(mixed, gate))
 
     class OfDeltaRule(mixer):  # type: ignore[misc]
         def forward(self, hidden_states: Any, *_: Any, **__: Any) -> Any:
@@ -239,7 +254,7 @@ def _through_interface(mixer: type[Any]) -> Any:
             norm, project = (self.norm, self.out_proj) if hasattr(self, "out_proj") else (self.o_norm, self.o_proj)
             return project(norm(mixed.reshape(heads), gate.reshape(heads)).flatten(2))
 
-    through: Any = OfMamba if mixer.__name__ == _MAMBA else OfDeltaRule
+    through: Any = OfMamba if mixer.__name__ in _MAMBA else OfDeltaRule
     through.__name__ = mixer.__name__  # by which other parts know what it is
     return through
 

@@ -11,7 +11,7 @@ from lora_drop_runtime.errors import ModelError
 from lora_drop_export.checkpoint.experts import TURNED
 from lora_drop_export.checkpoint.foreign import refused
 
-from .context import CONVOLUTION, LINEAR_ATTENTION
+from .context import CONVOLUTION, HYBRID, LINEAR_ATTENTION, is_mlp
 from .gates import gate_of
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -21,7 +21,10 @@ _ABOVE_ZERO = ("rope_theta", "routed_scaling_factor")
 _UNBOUND = ("time_step_limit",)  # Mamba's, which is infinite in configs of models without such layers, too
 _LARGEST = float(np.finfo(np.float32).max)
 _SHORT_CONVOLUTIONS = ("lfm2", "lfm2_moe", "lfm3")
-_RECURRENT = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "granitemoehybrid")
+_RECURRENT = (
+    *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"),
+    *("granitemoehybrid", "bamba", "falcon_h1", "nemotron_h"),
+)
 _OWN_ATTENTION = ("falcon", "gpt_neo", "mpt")
 _OTHER_ATTENTION = ("linear", "chunked", "compressed", "indexed", "reference")  # words in the types of layers
 
@@ -40,8 +43,8 @@ def _features_of_config(config: Any) -> list[tuple[Any, str]]:
     text = config.get_text_config()
     types = getattr(text, "layer_types", None) or ()
     known = [CONVOLUTION] if text.model_type in _SHORT_CONVOLUTIONS else []
-    known += [LINEAR_ATTENTION] if text.model_type in _RECURRENT else []
-    unknown = [t for t in types if t not in known]
+    known += [LINEAR_ATTENTION, HYBRID] if text.model_type in _RECURRENT else []
+    unknown = [t for layer, t in enumerate(types) if t not in known and not is_mlp(text, layer)]
     other = [t for t in unknown if "attention" not in t or any(word in t for word in _OTHER_ATTENTION)]
     alibi = getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False)
     return [

@@ -25,7 +25,7 @@ from fractions import Fraction
 from typing import Any
 
 import onnx_ir as ir
-from lora_drop_runtime.bundle.graph_io import CacheShape, Heads, Recurrence
+from lora_drop_runtime.bundle.graph_io import NO_HEADS, CacheShape, Heads, Recurrence
 from lora_drop_runtime.errors import ModelError, first_line
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
@@ -36,6 +36,7 @@ from lora_drop_export.weights.resolve import resolve_tensors
 from .anatomy import buffer_values, decoder_layers, first_output, kv_sources, name_of, tied_names
 from .attention_interface import DOMAIN, AttentionCall, register_attention
 from .build import build_model
+from .context import is_mlp
 from .convolutions import ConvolutionCall
 from .experts import name_experts, register_experts
 from .norms import spell_reciprocal_roots, widen_normed
@@ -59,8 +60,8 @@ class TracedModel:
         parameters: name → shape of the weights that a checkpoint has to give.
         windows: sliding window of each layer in positions, 0 for none; of a convolution the positions that it mixes,
             also of that before a recurrent state.
-        heads: of each layer's attention; of a convolution one, as wide as a half of its channels; of a layer with a
-            recurrent state those of the first attention.
+        heads: of each layer's attention, `NO_HEADS` where it has none; of a convolution one, as wide as a half of its
+            channels.
         recurrence: of the `recurrent_layers`.
         kv_sources: layers whose K and V others take.
         layers_prefix: name of the list of decoder layers, e.g. `model.layers`.
@@ -90,45 +91,47 @@ class TracedModel:
 
 @dataclass
 class _Calls:
-    """What the attention function saw: one entry per call, in order."""
+    """What the attention function saw, by layer."""
 
-    layers: list[int] = field(default_factory=list)
-    windows: list[int] = field(default_factory=list)
-    shapes: list[tuple[int, int, int]] = field(default_factory=list)
-    scales: list[tuple[float, float]] = field(default_factory=list)  # and softcaps
-    keys: list[Any] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)  # of each call, in order
+    windows: dict[int, int] = field(default_factory=dict)
+    heads: dict[int, Heads] = field(default_factory=dict)
+    scales: dict[int, tuple[float, float]] = field(default_factory=dict)  # and softcaps
+    keys: dict[int, Any] = field(default_factory=dict)
     recurrences: dict[int, Recurrence] = field(default_factory=dict)
 
-    def note(
-        self,
-        call: AttentionCall | ConvolutionCall | RecurrenceCall,
-        shape: tuple[int, int, int],
-        scale: tuple[float, float],
-        key: Any,
-    ) -> int:
+    def _note(self, call: AttentionCall | ConvolutionCall | RecurrenceCall, noted: Mapping[int, Any]) -> int:
         """One call; returns its layer."""
         layer = int(call.module.layer_idx)
+        if layer in noted:
+            raise unsupported("decoder layers with more than one attention", getattr(call.module, "config", None))
         self.layers.append(layer)
-        self.windows.append(shifted_window(call))
-        self.shapes.append(shape)
-        self.scales.append(scale)
-        self.keys.append(key)
+        self.windows[layer] = max(shifted_window(call), self.windows.get(layer, 0))
+        return layer
+
+    def note(self, call: AttentionCall | ConvolutionCall, heads: Heads, scale: tuple[float, float], key: Any) -> int:
+        """One call of an attention or a convolution; returns its layer."""
+        layer = self._note(call, self.heads)
+        self.heads[layer], self.scales[layer], self.keys[layer] = heads, scale, key
+        return layer
+
+    def note_recurrence(self, call: RecurrenceCall) -> int:
+        """One call of what changes a state; returns its layer."""
+        layer = self._note(call, self.recurrences)
+        self.recurrences[layer] = call.form
         return layer
 
     @property
     def kv_sources(self) -> tuple[int, ...]:
         """Layers whose K another layer was called with."""
         first: dict[int, int] = {}
-        owners = [first.setdefault(id(key), layer) for layer, key in enumerate(self.keys)]
-        return tuple(sorted({owner for layer, owner in enumerate(owners) if owner != layer}))
+        owners = {layer: first.setdefault(id(key), layer) for layer, key in self.keys.items()}
+        return tuple(sorted({owner for layer, owner in owners.items() if owner != layer}))
 
-    @property
-    def heads(self) -> tuple[Heads, ...]:
-        """Of each layer."""
-        attention = next((shape for layer, shape in enumerate(self.shapes) if layer not in self.recurrences), (1, 1, 1))
-        return tuple(
-            Heads(*(attention if layer in self.recurrences else shape)) for layer, shape in enumerate(self.shapes)
-        )
+    def of(self, layer: int) -> tuple[object, ...]:
+        """What tells one layer from another."""
+        found = (self.windows, self.heads, self.scales, self.recurrences)
+        return tuple(one.get(layer) for one in found)
 
 
 @contextlib.contextmanager
@@ -164,7 +167,7 @@ def _emit_convolution(call: ConvolutionCall, calls: _Calls) -> Any:
     """One CacheConvolution node in place of a convolution, and a note of it in `calls`."""
     import torch
 
-    layer = calls.note(call, (1, 1, call.key.shape[3]), (1.0, 0.0), call.x)
+    layer = calls.note(call, Heads(1, 1, call.key.shape[3]), (1.0, 0.0), call.x)
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::CacheConvolution",
         (call.x, call.gate, call.taps, *(() if call.bias is None else (call.bias,))),
@@ -179,9 +182,7 @@ def _emit_recurrence(call: RecurrenceCall, calls: _Calls) -> Any:
     """One CacheRecurrence node in place of what changes a state, and a note of it in `calls`."""
     import torch
 
-    form = call.form
-    layer = calls.note(call, (form.heads, form.key_dim, form.value_dim), (1.0, 0.0), call.x)
-    calls.recurrences[layer] = form
+    form, layer = call.form, calls.note_recurrence(call)
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::CacheRecurrence",
         (call.x, call.decay, call.beta, call.taps, *(one for one in (call.bias, call.skip) if one is not None)),
@@ -201,7 +202,7 @@ def _emit_attention(call: AttentionCall | ConvolutionCall | RecurrenceCall, call
     if isinstance(call, ConvolutionCall):
         return _emit_convolution(call, calls)
     batch, heads, sequence, head_dim = call.query.shape
-    layer = calls.note(call, (heads, call.key.shape[1], head_dim), (call.scale, call.softcap), call.key)
+    layer = calls.note(call, Heads(heads, call.key.shape[1], head_dim), (call.scale, call.softcap), call.key)
     (output,) = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::CacheAttention",
         (call.query, call.key, call.value, *(() if call.sinks is None else (call.sinks,))),
@@ -339,13 +340,14 @@ def _dry_run(wrapper: Any, layers: Any) -> tuple[_Calls, LayerCalls]:
         raise unsupported("several residual streams beside each other", config)
     if any(args[0].shape != first_output(y).shape for (args, _), y in zip(seen.arguments, seen.outputs, strict=True)):
         raise unsupported("decoder layers that change the shape of the hidden states", config)
-    if calls.layers != list(range(len(layers))):
+    mixing = [layer for layer in range(len(layers)) if not is_mlp(config, layer)]
+    if list(dict.fromkeys(calls.layers)) != mixing:
         raise unsupported(
             "decoder layers without exactly one attention through transformers' attention interface", config
         )
     if len(set(calls.recurrences.values())) > 1:
         raise unsupported("recurrent states of several shapes", config)
-    if len(calls.recurrences) == len(layers):
+    if not calls.heads:
         raise unsupported("no attention", config)
     if calls.kv_sources != kv_sources(config):
         raise unsupported("layers that take the K and V of others", config)
@@ -398,7 +400,7 @@ def _graph(wrapper: Any, layers: Any, calls: _Calls, seen: LayerCalls, tied: dic
     with refused("The model's config cannot be used.", "config.json"):
         buffers = buffer_values(model)
     shared = any(name.startswith(f"{prefix}.") for names in tied.items() for name in names)
-    attentions = list(zip(calls.windows, calls.shapes, calls.scales, strict=True))
+    attentions = [calls.of(layer) for layer in range(len(layers))]
     kinds = [] if shared else alike(layers, seen, attentions, prefix, buffers)
     wrapper.own = {kind[0]: seen.own(kind[0]) for kind in kinds}
     turned = _complex_unsqueezed() if seen.is_complex else contextlib.nullcontext()
@@ -453,8 +455,8 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
         parameters=parameters,
         hidden_size=int(config.hidden_size),
         vocab_size=model.get_output_embeddings().weight.shape[0],
-        windows=tuple(calls.windows),
-        heads=calls.heads,
+        windows=tuple(calls.windows.get(layer, 0) for layer in range(len(layers))),
+        heads=tuple(calls.heads.get(layer, NO_HEADS) for layer in range(len(layers))),
         kv_sources=calls.kv_sources,
         layers_prefix=name_of(model, layers),
         embedding_only=looked_up(graph, parameters),

@@ -164,8 +164,8 @@ def attention_residual(values: Mapping[str | None, ir.Value], layer: int) -> ir.
             return node.outputs[0]
     raise ModelError(
         "No residual stream is found between the attention and the MLP of the model's layers.",
-        note=f"In layer {layer} its MLP, and what adds to that, read no sum with hidden_states.{layer} itself: its "
-        "halves run in parallel, or the sum is reshaped or normalized first.",
+        note=f"In layer {layer} its MLP, and what adds to that, read no sum with hidden_states.{layer} itself: it is "
+        "one half alone, its halves run in parallel, or the sum is reshaped or normalized first.",
         hint="Use --injection block, and drop whole layers.",
     )
 

@@ -73,9 +73,41 @@ def granite_hybrid() -> PreTrainedModel:
     return remembering(build(transformers.GraniteMoeHybridForCausalLM, config, seed=75, **own))
 
 
-@pytest.mark.parametrize("make", [qwen3_5, qwen3_next, qwen3_5_moe, olmo_hybrid, granite_hybrid])
+def bamba() -> PreTrainedModel:
+    """Mamba 2 as in Granite, in layers that give a pair; a part of a head turns."""
+    own: dict[str, Any] = {"num_hidden_layers": 4, "attn_layer_indices": [2], "mamba_n_heads": 8, "mamba_d_head": 16}
+    own |= {"mamba_n_groups": 2, "mamba_d_state": 24, "mamba_expand": 2}
+    return remembering(build(transformers.BambaForCausalLM, transformers.BambaConfig, seed=76, **own))
+
+
+def nemotron_h() -> PreTrainedModel:
+    """Layers that are Mamba 2, an attention or an MLP alone."""
+    types = ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention", "mlp"]
+    own: dict[str, Any] = {"layers_block_type": types, "head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 12}
+    own |= {"n_groups": 2, "ssm_state_size": 24, "num_hidden_layers": None}
+    return remembering(build(transformers.NemotronHForCausalLM, transformers.NemotronHConfig, seed=77, **own))
+
+
+def falcon_h1(**options: Any) -> PreTrainedModel:
+    """Mamba 2 beside attention in each layer, and many numbers that scale one or the other; a norm of its output."""
+    own: dict[str, Any] = {"num_hidden_layers": 4, "head_dim": 16, "mamba_n_heads": 8, "mamba_d_head": 12}
+    own |= {"mamba_d_ssm": 96, "mamba_n_groups": 2, "mamba_d_state": 24, "mamba_rms_norm": True}
+    own |= {"ssm_multipliers": [0.9, 0.8, 1.7, 1.6, 0.5], "ssm_in_multiplier": 1.2, "ssm_out_multiplier": 0.7}
+    own |= {"attention_in_multiplier": 0.8, "attention_out_multiplier": 0.9, "key_multiplier": 0.6}
+    own |= {"mlp_multipliers": [0.7, 0.6], "embedding_multiplier": 2.0, "lm_head_multiplier": 0.5}
+    return remembering(build(transformers.FalconH1ForCausalLM, transformers.FalconH1Config, seed=78, **own | options))
+
+
+def falcon_h1_plain() -> PreTrainedModel:
+    return falcon_h1(mamba_rms_norm=False)
+
+
+OTHERS = [qwen3_next, qwen3_5_moe, olmo_hybrid, granite_hybrid, bamba, nemotron_h, falcon_h1, falcon_h1_plain]
+
+
+@pytest.mark.parametrize("make", [qwen3_5, *OTHERS])
 def test_oracle(make: Any) -> None:
-    """Its delta rule is transformers' own."""
+    """Its rules are transformers' own."""
     model, tokens = quartered(make()), torch.arange(3, 20)
     logits = oracle.decode_row(model, oracle.OraclePlan(()), tokens[:4].tolist(), tokens[4:].tolist(), 2)
     with torch.no_grad():
@@ -104,10 +136,11 @@ def test_plan(policy: str, surrogate: str, sites: tuple[str, ...], tmp_path: Pat
             assert_same_run(session, eight().model, plan, prompts, k)
 
 
-@pytest.mark.parametrize("make", [qwen3_next, qwen3_5_moe, olmo_hybrid, granite_hybrid])
+@pytest.mark.parametrize("make", OTHERS)
 def test_other_family(make: Any, tmp_path: Path) -> None:
-    source = traced_model(quartered(make()))
-    options = ANY | {"drop_layers": ("0", "2.attn", "3.mlp"), "policy": "backfill", "rank": 2, "k": 2}
+    source, has_halves = traced_model(quartered(make())), make is not nemotron_h
+    sites = ("0", "2.attn", "3.mlp") if has_halves else ("0", "2", "3")
+    options = ANY | {"drop_layers": sites, "policy": "backfill", "rank": 2, "k": 2}
     bundle = make_adapted_bundle(source, tmp_path, **options)
     plan = oracle_plan(bundle, tmp_path / "adapters")
     with Session.open(bundle.root, threads=1) as session:

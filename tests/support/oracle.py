@@ -85,6 +85,9 @@ class Row:
         decoder = model.base_model
         self.layers = decoder.h if hasattr(decoder, "h") else decoder.layers
         self.slots: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in self.layers]
+        # the same of layers with a recurrent state: the convolution's input, and the state after it
+        self.states: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in self.layers]
+        self.beside: dict[int, tuple[object, ...]] = {}  # what layer i gives in a tuple beside its output
         self.h: dict[int, Tensor] = {}  # state of dropped layer i: post-attention residual stream [1, 1, d]
         self.y: dict[int, Tensor] = {}  # state of dropped layer i: output [1, 1, d]
         self.x: dict[int, Tensor] = {}  # input of layer i in the last full step [1, 1, d]
@@ -105,8 +108,8 @@ class Row:
                 if hasattr(layer, "linear_attn"):
                     rule = layer.linear_attn
                     undo.enter_context(mock.patch.object(rule, "forward", partial(delta_rule, rule, i)))
-                if getattr(layer, "mamba", None) is not None:
-                    mixer = layer.mamba
+                mixer = getattr(layer, "mamba", None) or getattr(layer, "mixer", None)
+                if hasattr(mixer, "ssm_state_size"):
                     undo.enter_context(mock.patch.object(mixer, "forward", partial(mamba, mixer, i)))
                 norm = norm_after_attention(layer)
                 if norm is not None:
@@ -131,14 +134,29 @@ class Row:
         """A refresh under policy `backfill`: forget all that LoRA steps wrote, and take their tokens again in full."""
         again = [*self.since_refresh, token]
         self.position -= len(self.since_refresh)
-        self.slots = [[slot for slot in layer if slot[0] < self.position] for layer in self.slots]
+        self.slots, self.states = (
+            [[slot for slot in layer if slot[0] < self.position] for layer in kept]
+            for kept in (self.slots, self.states)
+        )
         return [self.step(one, full=True) for one in again][-1]
 
     def run_layer(self, i: int, own_forward, x: Tensor, *args, **kwargs) -> Tensor:
-        """What runs in place of layer `i`: the layer itself, or its surrogate. x, y: `[1, 1, d]`."""
+        """What runs in place of layer `i`, which gives its output alone or in a tuple."""
+
+        def own() -> Tensor:
+            y = own_forward(x, *args, **kwargs)
+            if isinstance(y, tuple):
+                y, *self.beside[i] = y
+            return y
+
+        y = self.output(i, own, x)
+        return (y, *self.beside[i]) if i in self.beside else y
+
+    def output(self, i: int, own_forward, x: Tensor) -> Tensor:
+        """The output of layer `i` itself, or of its surrogate. x, y: `[1, 1, d]`."""
         layer, attn, mlp = (f"{i}{half}" in self.plan.sites for half in ("", ".attn", ".mlp"))
         if self.full or not (layer or attn or mlp):
-            y = own_forward(x, *args, **kwargs)  # fills self.slots[i] and self.h[i]
+            y = own_forward()  # fills self.slots[i] and self.h[i]
             self.y[i] = y
             if self.full:
                 self.x[i] = x
@@ -151,7 +169,7 @@ class Row:
             y = self.base(h, self.y[i]) + self.adapter(f"{i}.mlp", h) if mlp else None
         self.attends = self.plan.fill or not (layer or attn)
         if self.attends or not (layer or mlp):
-            own = self.own_halves(i, partial(own_forward, x, *args, **kwargs), h if attn and not mlp else None)
+            own = self.own_halves(i, own_forward, h if attn and not mlp else None)
         self.attends = True
         self.h[i], self.y[i] = states
         if attn and not mlp:
@@ -230,7 +248,8 @@ def norm_after_attention(layer: torch.nn.Module) -> torch.nn.Module | None:
         return layer.pre_feedforward_layernorm
     if hasattr(layer, "post_feedforward_layernorm"):  # whose norms are of what halves give
         return layer.mlp
-    return getattr(layer, "post_attention_layernorm", None) or getattr(layer, "ffn_norm", None)
+    names = ("post_attention_layernorm", "ffn_norm", "pre_ff_layernorm")
+    return next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
 
 
 def attention(
@@ -296,7 +315,7 @@ def delta_rule(module, layer: int, hidden_states: Tensor, **_unused) -> Tensor:
     else:
         new = torch.cat([project(hidden_states)[0, 0] for project in (module.q_proj, module.k_proj, module.v_proj)])
         gate, b, a = (project(hidden_states) for project in (module.g_proj, module.b_proj, module.a_proj))
-    slots, position = running.slots[layer], running.position
+    slots, position = running.states[layer], running.position
     taps = module.conv1d.weight[:, 0]
     inputs = [x for _, x, _ in slots[len(slots) - (taps.shape[1] - 1) if len(slots) >= taps.shape[1] else 0 :]] + [new]
     mixed = sum(taps[:, -n] * x for n, x in enumerate(reversed(inputs), start=1))
@@ -326,8 +345,11 @@ def mamba(module, layer: int, hidden_states: Tensor, **_unused) -> Tensor:
     if not running.attends:
         return torch.zeros_like(hidden_states)
     heads, dim, size, groups = module.num_heads, module.head_dim, module.ssm_state_size, module.n_groups
-    gate, new, step = module.in_proj(hidden_states)[0, 0].split([heads * dim, module.conv_dim, heads])
-    slots, position = running.slots[layer], running.position
+    given = module.in_proj(hidden_states * getattr(module, "ssm_in_multiplier", 1.0))[0, 0]
+    if hasattr(module, "mup_vector"):
+        given = given * module.mup_vector[0, 0]
+    gate, new, step = given.split([heads * dim, module.conv_dim, heads])
+    slots, position = running.states[layer], running.position
     taps, inputs = module.conv1d.weight[:, 0], [x for _, x, _ in slots] + [new]
     mixed = module.conv1d.bias + sum(taps[:, -n] * x for n, x in enumerate(inputs[: -taps.shape[1] - 1 : -1], start=1))
     x, B, C = torch.nn.functional.silu(mixed).split([heads * dim, groups * size, groups * size])
@@ -339,7 +361,10 @@ def mamba(module, layer: int, hidden_states: Tensor, **_unused) -> Tensor:
         after.append(S)
         out.append(c @ S + module.D[head] * own)
     slots.append((position, new, torch.stack(after)))
-    return module.out_proj(module.norm(torch.cat(out)[None, None], gate[None, None]))
+    out, gate = torch.cat(out)[None, None], gate[None, None]
+    if isinstance(module.norm, torch.nn.Identity):
+        return module.out_proj(out * torch.nn.functional.silu(gate))
+    return module.out_proj(module.norm(out, gate))
 
 
 def run_in_full(row: Row, tokens: Sequence[int]) -> tuple[Row, Tensor]:
@@ -350,7 +375,7 @@ def run_in_full(row: Row, tokens: Sequence[int]) -> tuple[Row, Tensor]:
 def copy_of(kept: Row, plan: OraclePlan) -> Row:
     row = copy.copy(kept)
     row.plan, row.h, row.y, row.x = plan, {**kept.h}, {**kept.y}, {**kept.x}
-    row.slots = [[*slots] for slots in kept.slots]
+    row.slots, row.states = ([[*slots] for slots in of] for of in (kept.slots, kept.states))
     return row
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.graph_io import NO_HEADS
 from lora_drop_runtime.bundle.manifest import CHANNEL, Manifest, ModelFacts
 from lora_drop_runtime.dtypes import short_name
 from lora_drop_runtime.errors import InputError, PlanError
@@ -91,13 +92,14 @@ def _states(model: ModelFacts) -> str:
 def _heads(model: ModelFacts) -> str:
     """Query and K/V heads; where layers differ, with the values of a head as well, and short convolutions; and layers
     with a recurrent state."""
-    if not model.layer_heads:
-        return f"{model.num_heads}/{model.kv_heads} heads{_states(model)}"
     convolutions = set(model.convolutions)
     kinds = dict.fromkeys(kind for layer, kind in enumerate(model.heads) if layer not in convolutions)
+    kinds.pop(NO_HEADS, None)
+    if len(kinds) == 1 and not convolutions:
+        return f"{model.num_heads}/{model.kv_heads} heads{_states(model)}"
     heads = " and ".join(f"{kind.num_heads}/{kind.kv_heads} of {kind.head_dim}" for kind in kinds)
     taps = {model.windows[layer] for layer in convolutions}
-    return f"{heads} heads" + "".join(f", convolutions over {tokens} tokens" for tokens in taps)
+    return f"{heads} heads" + "".join(f", convolutions over {tokens} tokens" for tokens in taps) + _states(model)
 
 
 def _experts(model: ModelFacts) -> list[str]:

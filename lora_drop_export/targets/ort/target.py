@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.graph_io import NO_HEADS
 from lora_drop_runtime.bundle.manifest import Manifest, ModelFacts, OrtEntry, TargetEntry
 from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.engines.ort.package import import_onnxruntime
@@ -26,7 +27,8 @@ def _say_of_caches(model: ModelFacts, refresh: Any, console: Console) -> None:
     if model.kv_dtype is None or model.dtype == "float32":
         return
     softcap = any(one.name == "softcap" and one.f for node in refresh.graph.node for one in node.attribute)
-    fast = all(one.head_dim in (64, 128, 256) and one.num_heads / one.kv_heads in (4, 8, 16, 32) for one in model.heads)
+    heads = set(model.heads) - {NO_HEADS}
+    fast = all(one.head_dim in (64, 128, 256) and one.num_heads / one.kv_heads in (4, 8, 16, 32) for one in heads)
     if softcap or any(model.windows) or not fast:
         console.say(
             "ort: int8 caches save memory on a GPU, and each step turns them back into halves here: the fast kernel is "

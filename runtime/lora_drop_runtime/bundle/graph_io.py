@@ -28,12 +28,13 @@ both steps the scalar `lora_step`; where rows may have different numbers of new 
 `packed_step`. Weights that are inputs of an engine are not in this table but in the target's own (`WeightInput` in
 bundle.py).
 
-Layers with a recurrent state (r.) have no K and V. `past_recurrence` is their state after the first `len_state` tokens
-of a row, zeros after none; `past_recent` holds the entries of the last tokens, that of position p in slot p modulo
-`Recurrence.recent`, zeros where no token was yet, and one slot more for what nobody reads. Both steps write entries;
-the state of those tokens that are not in `past_recurrence` they make of the entries. A refresh leaves the state after
-all its tokens in `present_recurrence`. Neither that nor its `present_recent` is in place, so the same tokens can be run
-again. Of `len_kept` − `len_state` tokens before it a step takes `MOST_PENDING` at most.
+A layer may have a recurrent state (r.) instead of K and V, or beside them; one that is an MLP alone has neither.
+`past_recurrence` is the state after the first `len_state` tokens of a row, zeros after none; `past_recent` holds the
+entries of the last tokens, that of position p in slot p modulo `Recurrence.recent`, zeros where no token was yet, and
+one slot more for what nobody reads. Both steps write entries; the state of those tokens that are not in
+`past_recurrence` they make of the entries. A refresh leaves the state after all its tokens in `present_recurrence`.
+Neither that nor its `present_recent` is in place, so the same tokens can be run again. Of `len_kept` − `len_state`
+tokens before it a step takes `MOST_PENDING` at most.
 
 Rows may have different numbers of new tokens where an engine says so. The last entry of a row of `logits_index` is its
 last new token, what follows it in `input_ids` is padding; −1 says that the row stands still: no cache and no state of
@@ -89,13 +90,15 @@ class Heads:
     head_dim: int
 
 
+NO_HEADS = Heads(0, 0, 0)  # of a layer without attention
+
 MOST_PENDING = 32  # tokens of a row that are not in a recurrent state yet
 GATED_DELTA, GATED = "gated_delta", "gated"  # rules by which tokens change a recurrent state, as ONNX calls them
 
 
 @dataclass(frozen=True)
 class Recurrence:
-    """Of a layer with a recurrent state in the place of attention.
+    """Of a layer with a recurrent state.
 
     Attributes:
         channels: of q, k and v together, which a convolution over `taps` tokens mixes.
@@ -139,7 +142,7 @@ class CacheShape:
     """What the entries of the K/V caches are: those of a layer have its `kv_heads` heads of `head_dim` values.
 
     `dtype` (a numpy/ONNX name) is that of activations and states, and of the entries where `kv_dtype` is None. The
-    `recurrent_layers` have a `recurrence` instead.
+    `recurrent_layers` have a `recurrence`.
     """
 
     heads: tuple[Heads, ...]
@@ -227,9 +230,10 @@ def graph_io(
                 inputs.append(TensorSpec(f"past_recurrence.{layer}", "float32", state))
             if refresh:
                 outputs.append(TensorSpec(f"present_recurrence.{layer}", "float32", state))
+        heads = cache.heads[layer]
+        if heads == NO_HEADS:
             continue
         slots = "slots_dropped" if layer in dropped else "slots_kept"
-        heads = cache.heads[layer]
         head_dim = heads.head_dim if lowered is None else lowered.padded(heads.head_dim)
         shape = ("batch", heads.kv_heads, slots, head_dim)
         for part in ("key", "value"):

@@ -36,9 +36,9 @@ class ModelFacts:
     there is a `kv_dtype`, of caches; `weight_dtype` is one of `QUANTIZED_DTYPES` where linear layers are quantized; the
     byte counts are as stored in the bundle. Of `layer_bytes`, `attention_bytes` are those of the attention's half, and
     of these `kv_bytes` what makes K and V of the layer's input; 0 where a layer has no halves. `layer_heads` has an
-    entry for each layer where they differ in their heads; the three figures of all layers are the first one's then.
-    Where there is a `recurrence`, the `recurrent_layers` have it in the place of attention, and their entry in
-    `layer_heads` means nothing; in `windows` they have the tokens that its convolution mixes. Of a mixture,
+    entry for each layer where they differ in their heads, of a layer without attention `NO_HEADS`; the three figures
+    of all layers are those of the first attention then. Where there is a `recurrence`, the `recurrent_layers` have it,
+    with or without attention beside it; in `windows` they have the tokens that its convolution mixes. Of a mixture,
     `expert_bytes` of each layer are those of its experts, of which a token reads the share `expert_share`.
     """
 
@@ -103,9 +103,9 @@ class ModelFacts:
         return values * BY_NAME[self.dtype].size_bytes
 
     def token_kv_bytes(self, layers: Iterable[int]) -> int:
-        """Bytes of one token's K and V in these layers; those with a recurrent state have none."""
+        """Bytes of one token's K and V in these layers."""
         heads = self.heads
-        values = sum(heads[n].kv_heads * heads[n].head_dim for n in layers if n not in self.recurrent_layers)
+        values = sum(heads[n].kv_heads * heads[n].head_dim for n in layers)
         return 2 * values * BY_NAME[self.kv_dtype or self.dtype].size_bytes
 
 

@@ -17,7 +17,7 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import ADAPTIVE, StepKind
 
-from .graph_io import GATED, GATED_DELTA
+from .graph_io import GATED, GATED_DELTA, NO_HEADS
 from .manifest import (
     ATTENTION_FORMS,
     CHANNEL,
@@ -82,7 +82,10 @@ def _check_model(model: ModelFacts) -> None:
     if not sum(model.layer_bytes):
         raise ValueError("model.layer_bytes are all 0")
     for n, heads in enumerate(model.layer_heads):
-        _check_positive(f"model.layer_heads[{n}]", heads, "num_heads", "kv_heads", "head_dim")
+        if heads != NO_HEADS:
+            _check_positive(f"model.layer_heads[{n}]", heads, "num_heads", "kv_heads", "head_dim")
+    if set(model.layer_heads) == {NO_HEADS}:
+        raise ValueError("model.layer_heads has no layer with attention")
     if (model.recurrence is None) != (not model.recurrent_layers):
         raise ValueError("model.recurrence and model.recurrent_layers are not there together")
     if any(not 0 <= layer < model.num_layers for layer in model.recurrent_layers):

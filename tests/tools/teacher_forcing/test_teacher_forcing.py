@@ -20,7 +20,7 @@ from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout
 from transformers import PreTrainedModel
 
-from tests.export.test_recurrences import granite_hybrid
+from tests.export.test_recurrences import falcon_h1, granite_hybrid, nemotron_h
 from tests.support import oracle
 from tests.support.covering import covering_array
 from tests.support.models import (
@@ -54,7 +54,7 @@ def random_adapters(plan: DropPlan, width: int, rank: int = 3) -> dict[str, tupl
 def made(name: str) -> tuple[PreTrainedModel, TeacherForcing]:
     """The oracle's model, which it does not change, and what is tested, on a copy."""
     others = {"gemma4": lambda: gemma4(hidden_size_per_layer_input=0, num_kv_shared_layers=0)}
-    others["granite_hybrid"] = granite_hybrid
+    others |= {make.__name__: make for make in (granite_hybrid, nemotron_h, falcon_h1)}
     model = (FAMILIES | MORE_FAMILIES | others)[name]()
     return model, TeacherForcing(copy.deepcopy(model))
 
@@ -147,10 +147,22 @@ def test_recurrent_states(policy: str, sites: tuple[str, ...]) -> None:
     assert_as_the_oracle("qwen3_5", plan, policy, 3, rows=2)
 
 
-@pytest.mark.parametrize(("policy", "sites"), [("backfill", ("0", "3.attn")), ("fill", ("0", "1", "2.attn"))])
-def test_mamba(policy: str, sites: tuple[str, ...]) -> None:
-    plan = DropPlan(4, sites, windowed_layers=(0, 1, 3), rank=3, policy=policy, always_last=0, always_first=0)
-    assert_as_the_oracle("granite_hybrid", plan, policy, 3)
+@pytest.mark.parametrize(
+    ("name", "policy", "sites"),
+    [
+        ("granite_hybrid", "backfill", ("0", "3.attn")),
+        ("granite_hybrid", "fill", ("0", "1", "2.attn")),
+        ("nemotron_h", "skip", ("2", "3")),
+        ("nemotron_h", "fill", ("0", "1", "2")),
+        ("falcon_h1", "backfill", ("0", "2.attn", "3.mlp")),
+        ("falcon_h1", "fill", ("1", "2.attn")),
+    ],
+)
+def test_mamba(name: str, policy: str, sites: tuple[str, ...]) -> None:
+    """Alone, in layers of one half each, and beside attention."""
+    layers, windowed = {"nemotron_h": (6, (0, 4)), "falcon_h1": (4, (0, 1, 2, 3))}.get(name, (4, (0, 1, 3)))
+    plan = DropPlan(layers, sites, windowed_layers=windowed, rank=3, policy=policy, always_last=0, always_first=0)
+    assert_as_the_oracle(name, plan, policy, 3)
 
 
 def test_layers_that_need_more_than_the_stream_are_refused() -> None:

@@ -63,7 +63,7 @@ class Greedy:
     @property
     def kept_bytes(self) -> int:
         """Memory of what is kept; proportional to windows, layers and width."""
-        kept = [t for exact, stream in self.windows for t in (*stream, *(t for e in exact for t in vars(e).values()))]
+        kept = [t for exact, stream in self.windows for t in (*stream, *(t for e in exact for t in e.tensors))]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
 
     def _price(self, site: str, kl: float, windows: int) -> float:

@@ -32,6 +32,7 @@ class LayerBytes:
     attention: float  # of these, the attention half's
     makes_kv: float  # of these, what K and V are made with
     token_kv: float
+    state: float = 0.0  # a row's recurrent state
 
 
 def _beside(dtype: str) -> str:
@@ -61,14 +62,15 @@ def layer_bytes(forcing: TeacherForcing, dtype: str, halves: bool = True) -> lis
     cache = _beside(dtype)
     found = []
     for index in range(len(forcing)):
-        first, makes_kv, values = forcing.parameters_of(index)
+        parts = forcing.parameters_of(index)
         experts, share = forcing.experts_of(index)
         found.append(
             LayerBytes(
                 weights=_stored(forcing.layers[index].parameters(), dtype) - (1 - share) * _stored(experts, dtype),
-                attention=_stored(first, dtype) if halves else 0.0,
-                makes_kv=_stored(makes_kv, dtype),
-                token_kv=values * BY_NAME[cache].size_bytes,
+                attention=_stored(parts.first_half, dtype) if halves else 0.0,
+                makes_kv=_stored(parts.kept, dtype),
+                token_kv=parts.kv_values * BY_NAME[cache].size_bytes,
+                state=parts.state_values * BY_NAME["float32"].size_bytes,
             )
         )
     return found
@@ -112,7 +114,8 @@ class Savings:
         """What the objective counts."""
         if self.objective == "kv":
             return self.kv(site)
-        return self.kv(site) + self.weights(site) - (0 if site in self.bare else self.adapter)
+        state = 0 if half_of(site) == MLP else self.layers[layer_of(site)].state
+        return self.kv(site) + state + self.weights(site) - (0 if site in self.bare else self.adapter)
 
     def candidates(self, halves: bool) -> tuple[str, ...]:
         """Sites that may be dropped and save something, in order."""

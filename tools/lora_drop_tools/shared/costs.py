@@ -44,7 +44,7 @@ def _attention_macs(manifest: Manifest, layers: Iterable[int], context: int) -> 
     model, heads = manifest.model, manifest.model.heads
     state = 0 if model.recurrence is None else 4 * model.recurrence.state_values
     return sum(
-        state if layer in model.recurrent_layers else 2 * context * heads[layer].num_heads * heads[layer].head_dim
+        2 * context * heads[layer].num_heads * heads[layer].head_dim + state * (layer in model.recurrent_layers)
         for layer in layers
     )
 
@@ -211,8 +211,8 @@ def kv_saving(manifest: Manifest, k: int, policy: Policy = _SKIP) -> float:
 
 def _kv_read(model: ModelFacts, layers: Iterable[int], entries: int) -> int:
     """Bytes of K and V that a token of one row reads in these layers; with a window not those before it."""
-    windows = model.windows
-    return sum(min(entries, windows[layer] or entries) * model.token_kv_bytes([layer]) for layer in layers)
+    windows = {n: size for n, size in enumerate(model.windows) if size and n not in model.recurrent_layers}
+    return sum(min(entries, windows.get(layer, entries)) * model.token_kv_bytes([layer]) for layer in layers)
 
 
 def _states_read(model: ModelFacts, layers: Iterable[int]) -> int:

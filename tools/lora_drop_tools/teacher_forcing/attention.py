@@ -6,14 +6,15 @@ attention interface passes no user data, so what the running layer may see is se
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from lora_drop_export.decoder.attention_interface import AttentionCall, register_attention
 from lora_drop_export.decoder.convolutions import ConvolutionCall, exchange_convolutions
 from lora_drop_export.decoder.recurrences import RecurrenceCall, exchange_recurrences, shifted_window
 
 ATTENTION_NAME = "lora_drop_teacher_forcing"
+Entries: TypeAlias = "dict[type, tuple[Any, Any]]"  # class of a call → what its layer keeps of the tokens
 
 
 @dataclass
@@ -22,22 +23,24 @@ class Attention:
 
     Attributes:
         positions: of the queries, [S].
-        memory: K and V before the layer's own.
+        memory: by the kind of call, K and V before the layer's own, or a state's entries.
         memory_positions: theirs.
         last_visible: of the memory, for each query; [S].
-        seen: K and V of the layer's own tokens, [B, Hkv, S, D].
-        window: positions of a sliding window, 0 for none.
+        seen: by the kind of call, K and V of the layer's own tokens, [B, Hkv, S, D], or a state's entries.
+        window: positions of a sliding window, 0 for none; of the call that runs.
         shifted_window: positions that a hole would shift.
+        state_values: values of a row's recurrent state, 0 for none.
         masks: those that were made before.
     """
 
     positions: Any
-    memory: tuple[Any, Any] | None = None
+    memory: Entries | None = None
     memory_positions: Any = None
     last_visible: Any = None
-    seen: tuple[Any, Any] | None = None
+    seen: Entries = field(default_factory=dict)
     window: int = 0
     shifted_window: int = 0
+    state_values: int = 0
     masks: dict[Any, Any] | None = None
 
 
@@ -71,10 +74,13 @@ def _attend(call: AttentionCall | ConvolutionCall | RecurrenceCall) -> Any:
 
     key, value = call.key, call.value
     state = _running
-    state.seen, state.window, state.shifted_window = (key, value), call.window, shifted_window(call)
+    state.seen[type(call)], state.window = (key, value), call.window
+    state.shifted_window = max(state.shifted_window, shifted_window(call))
+    if isinstance(call, RecurrenceCall):
+        state.state_values = call.form.state_values
     causal = state.memory is None and not call.window
     if state.memory is not None:
-        key, value = (torch.cat(pair, dim=2) for pair in zip(state.memory, (key, value), strict=True))
+        key, value = (torch.cat(pair, dim=2) for pair in zip(state.memory[type(call)], (key, value), strict=True))
     if not isinstance(call, AttentionCall) or not call.is_plain:
         return call.mixed(key, value, _mask(state)).contiguous()
     query, group = call.query, call.query.shape[1] // key.shape[1]

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lora_drop_runtime.errors import ModelError
@@ -38,6 +39,7 @@ from lora_drop_export.decoder.anatomy import (
     head_replaced,
     kv_sources,
 )
+from lora_drop_export.decoder.recurrences import RecurrenceCall
 from lora_drop_export.decoder.refusals import is_of_experts
 
 from . import attention
@@ -48,6 +50,23 @@ from .layout import Layout
 from .surrogates import Surrogates, product
 
 _LAYOUTS = 16  # arguments and masks of so many are kept
+
+
+@dataclass(frozen=True)
+class LayerParameters:
+    """Of one layer.
+
+    Attributes:
+        first_half: parameters that its first half computes with.
+        kept: of these, that K and V, or a state's entries, are made with.
+        kv_values: of K and V, a token.
+        state_values: of its recurrent state, a row.
+    """
+
+    first_half: list[Any]
+    kept: list[Any]
+    kv_values: int
+    state_values: int
 
 
 class _Between(Exception):
@@ -136,8 +155,9 @@ class TeacherForcing:
         import torch
 
         positions = torch.arange(hidden.shape[1], device=self.device)
-        output, middle, (keys, values) = self._run(index, hidden, Attention(positions))
-        return ExactLayer(keys, values, output, middle, hidden)
+        state = Attention(positions)
+        output, middle = self._run(index, hidden, state)
+        return ExactLayer(state.seen, output, middle, hidden)
 
     def exact(self, ids: Any) -> list[ExactLayer]:
         """All layers over texts [B, T]; keep them where several plans see the same texts."""
@@ -182,8 +202,8 @@ class TeacherForcing:
             return Attention(torch.arange(hidden.shape[1], device=self.device))
         return Attention(
             layout.lora,
-            memory=(exact.keys, exact.values),
-            memory_positions=torch.arange(exact.keys.shape[2], device=self.device),
+            memory=exact.entries,
+            memory_positions=torch.arange(exact.output.shape[1], device=self.device),
             last_visible=layout.anchor,
         )
 
@@ -199,8 +219,8 @@ class TeacherForcing:
         import torch
 
         if not policy.fills:
-            return self._run(index, hidden[:, layout.full], Attention(layout.full))[:2]
-        output, middle, _ = self._run(index, hidden, Attention(torch.arange(hidden.shape[1], device=self.device)))
+            return self._run(index, hidden[:, layout.full], Attention(layout.full))
+        output, middle = self._run(index, hidden, Attention(torch.arange(hidden.shape[1], device=self.device)))
         return output[:, layout.full], middle[:, layout.full]
 
     def first_half(self, index: int, hidden: Any, state: Attention) -> Any:
@@ -341,38 +361,37 @@ class TeacherForcing:
             hook.remove()
         return first_output(output)
 
-    def _run(self, index: int, hidden: Any, state: Attention) -> tuple[Any, Any, tuple[Any, Any]]:
-        """One layer; its output, the stream between its halves, and its K and V."""
+    def _run(self, index: int, hidden: Any, state: Attention) -> tuple[Any, Any]:
+        """One layer; its output, and the stream between its halves."""
         middle: list[Any] = []
         output = self._call(index, hidden, state, lambda _, args: middle.append(args[0]))
-        assert state.seen is not None
-        return output, middle[0], state.seen
+        return output, middle[0]
 
-    def parameters_of(self, index: int) -> tuple[list[Any], list[Any], int]:
-        """Parameters that a layer's first half computes with, those for K and V alone, and K's and V's values a token.
-
-        They are found by what has a gradient.
-        """
+    def parameters_of(self, index: int) -> LayerParameters:
+        """What a layer's parts compute with and keep; found by what has a gradient."""
         import torch
 
         parameters, positions = list(self.layers[index].parameters()), torch.arange(2, device=self.device)
+        first_half: list[Any] = []
+        kept: list[Any] = []
         learned = [parameter.requires_grad for parameter in parameters]
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
             with torch.enable_grad():
                 hidden = self.embed(torch.tensor([[0, 1]], device=self.device))
-                _, middle, seen = self._run(index, hidden, Attention(positions))
-                ends = ([middle], list(seen))
-                found = [
-                    torch.autograd.grad([end.sum() for end in group], parameters, retain_graph=True, allow_unused=True)
-                    for group in ends
-                ]
+                _, middle = self._run(index, hidden, state := Attention(positions))
+                ends = [middle], [end for pair in state.seen.values() for end in pair]
+                for group, found in zip(ends, (first_half, kept), strict=True):
+                    sums = [end.sum() for end in group if end.requires_grad]
+                    grads = torch.autograd.grad(sums, parameters, retain_graph=True, allow_unused=True) if sums else ()
+                    found += [p for p, grad in zip(parameters, grads, strict=False) if grad is not None]
         finally:
             for parameter, before in zip(parameters, learned, strict=True):
                 parameter.requires_grad_(before)
-        used = [[p for p, grad in zip(parameters, grads, strict=True) if grad is not None] for grads in found]
-        return used[0], used[1], sum(part.shape[1] * part.shape[3] for part in seen)
+        caches = [part for kind, pair in state.seen.items() if kind is not RecurrenceCall for part in pair]
+        values = sum(part.shape[1] * part.shape[3] for part in caches)
+        return LayerParameters(first_half, kept, values, state.state_values)
 
     def experts_of(self, index: int) -> tuple[list[Any], float]:
         """Parameters of a layer's experts, and the share of them that one token reads; none where it has none."""
