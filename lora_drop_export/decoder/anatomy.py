@@ -65,10 +65,10 @@ def between_halves(layer: Any) -> Any:
 def _returned(layer: Any) -> int | None:
     """How many values the forward of a class of layers gives, as its last line says; None for one that is no tuple."""
     try:
-        code = textwrap.dedent(inspect.getsource(inspect.unwrap(layer.forward)))
-    except (OSError, TypeError):  # no file has it
+        code = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(layer.forward))))
+    except (OSError, TypeError, SyntaxError):  # no file has it, or not as a function of its own
         return None
-    last = ast.parse(code).body[0].body[-1]  # type: ignore[attr-defined]  # it is a function
+    last = code.body[0].body[-1] if isinstance(code.body[0], ast.FunctionDef) else None
     given = last.value if isinstance(last, ast.Return) else None
     return len(given.elts) if isinstance(given, ast.Tuple) else None
 
