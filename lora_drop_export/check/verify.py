@@ -158,7 +158,7 @@ def compare(
     name, entry = bundle.target(target)
     k = max(1, manifest.plan.k) if k is None else k
     chosen = policy_named(policy or manifest.plan.policy)
-    manifest.check_policy(chosen)
+    manifest.plan.check_policy(chosen)
     schedule, refreshes = PeriodicSchedule(k), chosen.in_steps
     steps = steps_that_fit(manifest.limits, k)
     feeds = sample_feeds(bundle, steps)

@@ -16,12 +16,11 @@ from typing import Any
 from lora_drop_runtime.bundle.adapters import read_adapters
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.graph_io import MOST_PENDING
-from lora_drop_runtime.bundle.manifest import CHANNEL, INTEGER_DTYPES, VERIFY_NAME, check_states, too_many_lora_steps
+from lora_drop_runtime.bundle.manifest import CHANNEL, INTEGER_DTYPES, VERIFY_NAME, too_many_lora_steps
 from lora_drop_runtime.dtypes import MODEL_DTYPES, short_name
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.files import is_utf8
 from lora_drop_runtime.plan.drop_plan import DropPlan
-from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.drop_list import check_drop_list
@@ -301,7 +300,6 @@ def check_before_trace(
     check_drop_list(options.drop_list_fingerprint, checkpoint.name, fingerprint)
     if is_recurrent(config):
         check_recurrent([name for name in options.targets if name != NO_TARGET], dtype, options.kv_dtype)
-        check_states(POLICIES[options.policy or DEFAULT_POLICY])
         if options.k > MOST_PENDING:
             raise too_many_lora_steps(options.k)
     windows, width = windows_of_config(config), getattr(config, "hidden_size", None)

@@ -416,10 +416,95 @@ def test_most_lora_steps_of_a_row(bundle: Bundle) -> None:
     assert [event.token for event in events if event.row == 1] == alone
 
 
-def test_policy(bundle: Bundle) -> None:
-    with pytest.raises(InputError, match="cannot be decoded under policy lossless"):
-        Session.open(bundle.root, policy="lossless")
-    assert "under backfill\n" in "\n".join(describe(bundle))
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, dict[tuple[int, ...], list[int]]]:
+    """A bundle whose drafts are accepted now and then, and behind some prompts what transformers writes."""
+    sharp = falcon_h1(lm_head_multiplier=200.0)  # so that drafts are sure enough
+    source = traced_model(quartered(sharp))
+    options = ANY | {"drop_layers": ("1", "2.attn"), "policy": "lossless", "k": 3, "max_seq_len": 128}
+    bundle = make_bundle(source, tmp_path_factory.mktemp("drafting") / "b", **options)
+    wanted = {}
+    for prompt in LONG:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            made = source.model.generate(ids, max_new_tokens=50, do_sample=False, use_cache=False, eos_token_id=None)
+        wanted[tuple(prompt)] = made[0, len(prompt) :].tolist()
+    return bundle, wanted
+
+
+@pytest.mark.parametrize("draft", ["lora", "ngram", "both"])
+@pytest.mark.parametrize("k", [1, 3, 31])
+def test_lossless(k: int, draft: str, drafting: Any) -> None:
+    """What is not accepted leaves the states again, of each row for itself."""
+    bundle, wanted = drafting
+    with Session.open(bundle.root, k=k, draft=draft, threads=1) as session:
+        rows = session.generate(LONG, 50, stop_token_ids=())
+        assert [list(row) for row in rows] == [wanted[tuple(prompt)] for prompt in LONG]
+        statistics = session.statistics()
+    assert 0 < statistics.accepted < statistics.drafted
+
+
+def test_lossless_rows(drafting: Any) -> None:
+    """Rows of their own k join, leave, move, and go on behind what others have said."""
+    bundle, wanted = drafting
+    prompts, found, reused = [[*prompt] for prompt in wanted], dict[int, list[int]](), 0
+    asked = [(prompt, wanted[tuple(prompt)][:count]) for count in (50, 37, 21) for prompt in prompts]
+    asked += [([*prompt, *wanted[tuple(prompt)][:20]], wanted[tuple(prompt)][20:]) for prompt in prompts]
+    with Batch.open(bundle.root, slots=3, draft="both", threads=1, keep_prefixes=True) as batch:
+        for number, (prompt, expected) in enumerate(asked):
+            found[batch.add(prompt, len(expected), k=(3, 1, 2, 0)[number % 4], stop_token_ids=())] = []
+        while batch.rows:
+            for event in batch.tick():
+                found[event.row] += [] if event.token is None else [event.token]
+                reused += event.reused if event.finished else 0
+    assert [*found.values()] == [expected for _, expected in asked]
+    assert reused
+
+
+@pytest.mark.parametrize("count", range(1, 400, 13))
+def test_lossless_rows_go_on_behind_an_interrupt(count: int, drafting: Any) -> None:
+    bundle, wanted = drafting
+    found, ends = dict[int, list[int]](), dict[int, str]()
+    with Batch.open(bundle.root, slots=3, draft="both", threads=1) as batch:
+
+        def tick() -> None:
+            for event in batch.tick():
+                found[event.row] += [] if event.token is None else [event.token]
+                if event.finished:
+                    ends[event.row] = event.finished
+
+        for prompt in wanted:
+            found[batch.add(list(prompt), 30, stop_token_ids=())] = []
+        for _ in range(7):
+            tick()
+        with interrupted(count, ("slots.py", "drafter.py")):
+            for _ in range(3):
+                tick()
+        while batch.rows:
+            tick()
+    for (row, tokens), expected in zip(found.items(), wanted.values(), strict=True):
+        assert tokens == expected[: len(tokens)]
+        assert ends[row] == "length" or ends[row] == "failed"
+
+
+@pytest.mark.parametrize("told", [1, 2, 3, 5, 8, 13, 21, 34])
+def test_what_stays_of_a_lossless_stream(told: int, drafting: Any) -> None:
+    """Wherever its reader leaves it: it goes on, in a fork as well, and is cut back as far as the states allow."""
+    bundle, wanted = drafting
+    (prompt, said), *_ = wanted.items()
+    with Session.open(bundle.root, draft="both", threads=1) as session:
+        stream = session.stream([list(prompt)], 50, stop_token_ids=())
+        assert [next(stream) for _ in range(told)] == said[:told]
+        stream.close()
+        steps = [np.array([token]) for token in said[told - 1 : told + 3]]
+        with session.fork() as other:
+            for one, after in zip(steps, said[told:], strict=False):
+                assert int(other.step(one)[0].argmax()) == after
+        session.truncate(len(prompt) + told - 1)
+        for one, after in zip(steps, said[told:], strict=False):
+            assert int(session.step(one)[0].argmax()) == after
+        again = session.generate([[*prompt, *said[:20]]], 30, stop_token_ids=(), reuse_prefix=True)
+        assert [list(row) for row in again] == [said[20:50]]
 
 
 @pytest.mark.parametrize("dtype", ["int4", "int8"])

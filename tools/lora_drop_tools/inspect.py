@@ -118,7 +118,7 @@ def _kv_savings(manifest: Manifest) -> str:
     plan, names = manifest.plan, dict[str, list[str]]()
     for policy in POLICIES.values():
         with contextlib.suppress(PlanError, InputError):
-            manifest.check_policy(policy)
+            plan.check_policy(policy)
             names.setdefault(f"{costs.kv_saving(manifest, plan.k, policy):.1%}", []).append(policy.name)
     return "; ".join(f"{saving} under {', '.join(which)}" for saving, which in names.items())
 

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Final
 from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import DropPlan
-from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import StepKind
 
 from .graph_io import MOST_PENDING, CacheShape, GraphIO, Heads, LoweredIO, Recurrence, graph_io
@@ -330,16 +329,6 @@ def _entry_to_dict(entry: TargetEntry) -> Mapping[str, object]:
     return {name: value for name, value in dataclasses.asdict(entry).items() if name not in absent}
 
 
-def check_states(policy: Policy) -> None:
-    """Refuse a policy that takes tokens back which a recurrent state has. Raises InputError."""
-    if policy.verifies:
-        raise InputError(
-            f"A model with recurrent states cannot be decoded under policy {policy.name}.",
-            note="Drafts that a refresh has run and does not accept would have to leave its layers' states again.",
-            hint="Use a policy that verifies no drafts.",
-        )
-
-
 def too_many_lora_steps(steps: int) -> InputError:
     """The error where so many follow each other in a model with recurrent states."""
     return InputError(
@@ -378,12 +367,6 @@ class Manifest:
     def identity(self) -> object:
         """What stays when a target is added or something is measured: the model, the plan, and the weights' files."""
         return self.model, self.plan, {name: file for name, file in self.files.items() if name.startswith("weights/")}
-
-    def check_policy(self, policy: Policy) -> None:
-        """Whether the bundle can be decoded under a policy. Raises PlanError and InputError where it cannot."""
-        self.plan.check_policy(policy)
-        if self.model.recurrent_layers:
-            check_states(policy)
 
     def io(self, kind: StepKind, target: str | None = None) -> GraphIO:
         """The inputs and outputs of a step's graph: the neutral one, or a target's."""

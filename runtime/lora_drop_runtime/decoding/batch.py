@@ -89,7 +89,7 @@ class Batch:
         if several:
             prepare_for_several(engine)
         self._slots = slots_for(bundle, engine, self._count, most, several, self._chunk)
-        self._most_lora_steps = None if isinstance(self._slots, PagedSlots) else self._slots.most_lora_steps
+        self._most_lora_steps = self._slots.most_lora_steps
         self._most_bytes = checks.checked_cache_bytes(kv_cache_bytes, self._paged)
         block = self._slots.bytes_of(dict.fromkeys(self._capacity, 1), None)
         checks.check_block(block, self.row_bytes, self._most_bytes)
@@ -519,6 +519,8 @@ class Batch:
         for row, found, seconds in self._found():
             try:
                 row.advance(found, seconds)
+                if self._most_lora_steps is not None and not row.has_failed:
+                    self._slots.goes_on(self._rows.index(row), row.kept)
             except BaseException as error:
                 interrupt = interrupt or error
         return interrupt

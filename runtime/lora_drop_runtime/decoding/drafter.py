@@ -28,6 +28,8 @@ class Drafter:
         source: where its drafts come from.
         stops: token ids that end it.
         prompt: its tokens, which drafts are looked up in.
+        most_pending: tokens in no recurrent state, to which those come that a refresh accepts where it does not accept
+            all; None for no limit.
 
     Attributes:
         most: drafts that there is room for.
@@ -36,10 +38,18 @@ class Drafter:
         stopped: whether drafting ended at a low confidence.
     """
 
-    def __init__(self, sampler: RowSampler, source: DraftSource, stops: Collection[int], prompt: Sequence[int]) -> None:
+    def __init__(
+        self,
+        sampler: RowSampler,
+        source: DraftSource,
+        stops: Collection[int],
+        prompt: Sequence[int],
+        most_pending: int | None,
+    ) -> None:
         self._sampler, self._source, self._stops = sampler, source, stops
         self._text = Text(prompt if source.looks_up else ())
         self._last, self.most = 0, 0
+        self._pending, self._most_pending = 0, most_pending
         self._kept = sampler.seen, sampler.constraint
         self._known: list[int] = []
         self.drafts: list[Draft] = []
@@ -63,6 +73,8 @@ class Drafter:
 
     def begin(self, made: Sequence[int], most: int) -> None:
         """Begin a cycle behind the tokens that were made, with room for `most` drafts."""
+        if self._most_pending is not None:
+            most = min(most, self._most_pending - self._pending)
         self._last, self.most = made[-1], most
         self.drafts, self.stopped, self.source = [], False, "lora"
         if self._source.looks_up:
@@ -96,6 +108,7 @@ class Drafter:
         """The cycle's new tokens by the refresh's logits [n, V], up to a stop token, which is the last of them."""
         tokens = verified(self._sampler, self.drafts, logits)
         stop = next((place for place, token in enumerate(tokens, 1) if token in self._stops), len(tokens))
+        self._pending = 0 if stop == len(self.drafts) + 1 else self._pending + stop
         return tokens[:stop]
 
     def outcome(self, made: Sequence[int]) -> RowOutcome:

@@ -66,7 +66,10 @@ class Lossless:
         engine = request.engine
         self._most = most_verified(engine)
         self._together = engine.batched_chunks
-        self._rows = [Drafter(sampler.rows[row], source, stops, prompt.tolist()) for row, prompt in enumerate(prompts)]
+        most = request.slots.most_lora_steps
+        self._rows = [
+            Drafter(sampler.rows[row], source, stops, prompt.tolist(), most) for row, prompt in enumerate(prompts)
+        ]
         self._left = [new_tokens] * len(self._rows)
         self._going = list(range(len(self._rows)))
         self._cycles: list[Cycle] = []

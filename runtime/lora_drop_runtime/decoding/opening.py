@@ -30,7 +30,7 @@ class Opened:
 def checked_policy(bundle: Bundle, name: str | None) -> Policy:
     """The policy that is asked for, or the bundle's own. Raises InputError where the bundle cannot run it."""
     policy = policy_named(bundle.manifest.plan.policy if name is None else name)
-    bundle.manifest.check_policy(policy)
+    bundle.manifest.plan.check_policy(policy)
     return policy
 
 

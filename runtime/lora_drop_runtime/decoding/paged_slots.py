@@ -66,6 +66,8 @@ class PagedSlots:
         shorten: gives up a block of what rows that are over have left; whether there was any.
     """
 
+    most_lora_steps = None  # no limit
+
     def __init__(self, bundle: Bundle, engine: PagedEngine, count: int, several: bool, chunk: int) -> None:
         self._bundle, self._engine, self._count, self._several = bundle, engine, count, several
         self._chunk, self.most_bytes = chunk, 0
@@ -227,6 +229,9 @@ class PagedSlots:
         """Whether there is a row that may go on behind so many of its entries."""
         row = self._rows[slot]
         return row is not None and self.see_enough(row.blocks, kept, dropped)
+
+    def goes_on(self, slot: int, kept: int) -> None:
+        """A row goes on behind so many entries: what lies behind them is written over."""
 
     def shared(self, blocks: Sequence[Sequence[int]], entries: int) -> RowBlocks:
         """The same blocks, as far as they hold so many entries, for another one who has them."""

@@ -257,6 +257,7 @@ class Request:
     def advance(self, row: int, tokens: Sequence[int]) -> None:
         """A refresh that verified drafts has run these tokens of a row, which stay."""
         self._fed(row, tokens, len(tokens))
+        self.slots.goes_on(row, self.kept[row])
         self._cycle.steps_done = max(self.steps_done, self.kept[row] - self._prompts[row])
 
     def stands_over(self, row: int, width: int) -> None:
@@ -332,6 +333,7 @@ class Request:
         is not fed yet."""
         for row, count in enumerate(told):
             self.cut(row, self._prompts[row] + max(count - 1, 0))
+            self.slots.goes_on(row, self.kept[row])
         self._cycle.steps_done = max(kept - begin for kept, begin in zip(self.kept, self._prompts, strict=True))
 
     def cut(self, row: int, length: int) -> None:

@@ -372,7 +372,7 @@ class Row:
 
     def _verified_tokens(self, logits: Logits) -> Runs:
         options = self.options
-        drafter = Drafter(self._sampler, options.source, options.stops, self._prompt)
+        drafter = Drafter(self._sampler, options.source, options.stops, self._prompt, self._most_lora_steps)
         made, found = [self._sampler.take(logits)], logits[None]
         self._text += made
         self._pace.begin()

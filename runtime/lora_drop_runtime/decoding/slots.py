@@ -89,8 +89,10 @@ class _RecurrentStates:
     """Which tokens are in the recurrent states of rows, where layers have any; else nothing.
 
     A refresh reads one side of states and entries and writes the other, of all rows: those that stand still are copied
-    there. So the side that it has read is as it was, and what is interrupted before it was counted can be repeated; not
-    so where it took several calls. What an interrupt must not come between is assigned in one statement.
+    there. So the side that it has read is as it was, until the next one. A row that goes on behind fewer tokens than
+    have run goes back to it: the run was interrupted before it was counted, or has verified drafts and not accepted
+    all. Not so where a later call of the same run has written that side. What an interrupt must not come between is
+    assigned in one statement.
 
     Attributes:
         tokens: of each slot, those that are in its states.
@@ -98,11 +100,14 @@ class _RecurrentStates:
     """
 
     def __init__(self, buffers: RowBuffers, count: int) -> None:
-        self._held = buffers
+        self._held, form = buffers, buffers.bundle.manifest.model.recurrence
+        self._recent = 0 if form is None else form.recent
         self.tokens, self.side = [0] * count, 0
         self._sides = [0] * count  # where the states of each slot are, those of no row as well
-        self._calls = 0  # of the latest refresh
-        self._before: dict[int, int] = {}  # tokens of slots on the other side, where it is as before the latest run
+        self._ran: set[int] = set()  # slots whose tokens calls of the latest refresh have run
+        # Of slots whose other side is as before the latest run: the tokens in its states, and how many that run has
+        # found, and left, in the row
+        self._before: dict[int, tuple[int, int, int]] = {}
 
     @property
     def buffers(self) -> list[Buffer]:
@@ -114,12 +119,15 @@ class _RecurrentStates:
 
     def ready(self, kind: StepKind, runs: Sequence[Run], due: Collection[int]) -> None:
         """Before a run. Raises InputError where too many LoRA steps follow each other."""
-        if any(runs[slot].kept < self.tokens[slot] for slot in due):  # the latest run was not counted
-            self._go_back()
+        for slot, run in enumerate(runs):
+            if run.kept < self.tokens[slot]:
+                self.go_back(slot, run.kept)
         if kind is StepKind.LORA:
             checks.check_lora_steps(max(runs[slot].kept - self.tokens[slot] for slot in due) + 1, MOST_PENDING)
+        if 2 * self._sides[: len(runs)].count(self.side) < len(runs):  # most of them went back
+            self.side, self._before = 1 - self.side, {}
         if kind is StepKind.REFRESH:
-            self._before, self._calls = {}, 0  # until it has run
+            self._before, self._ran = {}, set()  # until it has run
         for slot in range(len(runs)):
             if self._sides[slot] != self.side:
                 self._copy(self._held.recurrences[self._sides[slot]], slot, self._held.recurrences[self.side], slot)
@@ -128,22 +136,39 @@ class _RecurrentStates:
     def ran(self, rows: int, runs: Mapping[int, Run]) -> None:
         """A refresh of the rows in the first slots has run the tokens of some, and those that were not in their
         states."""
-        before, tokens, side = dict(enumerate(self.tokens[:rows])), self.tokens.copy(), 1 - self.side
+        before, tokens, side = {}, self.tokens.copy(), 1 - self.side
         for slot, run in runs.items():
             tokens[slot] = run.kept + len(run.tokens)
-        sides, calls = [side] * rows + self._sides[rows:], self._calls + 1
-        before = {} if self._calls else before
-        self.tokens, self._sides, self.side, self._before, self._calls = tokens, sides, side, before, calls
+            if slot not in self._ran:
+                before[slot] = self.tokens[slot], run.kept, tokens[slot]
+        sides, ran = [side] * rows + self._sides[rows:], self._ran.union(runs)
+        self.tokens, self._sides, self.side, self._before, self._ran = tokens, sides, side, before, ran
 
-    def _go_back(self) -> None:
-        """The latest run was not counted: all are on the other side what they were. Raises InputError where a call of
-        the same run has written that side, too."""
-        if not self._before:
+    def go_back(self, slot: int, kept: int) -> None:
+        """A row goes on behind so many tokens, of which some but not all may be of the latest run: with the states of
+        the other side, where the entries of those tokens join the ones that are in no state yet.
+
+        Raises:
+            InputError: what that needs is not there any more.
+        """
+        before = self._before.get(slot)
+        if before is None:
             raise checks.states_are_torn()
-        tokens, sides, side = self.tokens.copy(), self._sides.copy(), 1 - self.side
-        for slot, count in self._before.items():
-            tokens[slot], sides[slot] = count, side
-        self.tokens, self._sides, self.side, self._before = tokens, sides, side, {}
+        in_states, begun, end = before
+        places = [place % self._recent for place in range(begun, kept)]
+        if places and (end - begun > self._recent or kept - in_states > MOST_PENDING):
+            raise checks.states_are_torn()
+        here = self._sides[slot]
+        for name, target in self._held.recurrences[1 - here].items() if places else ():
+            if name.startswith("past_recent."):
+                source = self._held.recurrences[here][name]
+                assert isinstance(source, np.ndarray)
+                assert isinstance(target, np.ndarray)
+                target[slot, places] = source[slot, places]
+        tokens, sides, others = self.tokens.copy(), self._sides.copy(), self._before.copy()
+        tokens[slot], sides[slot] = in_states, 1 - here
+        del others[slot]
+        self.tokens, self._sides, self._before = tokens, sides, others
 
     def begin(self, slot: int) -> None:
         """A row begins, with states and entries of no token: zeros."""
@@ -156,7 +181,7 @@ class _RecurrentStates:
         """Take the states of a row of so many tokens, and the entries of its last ones, from a slot of these or of
         other ones."""
         if kept < other.tokens[source]:
-            other._go_back()
+            other.go_back(source, kept)
         self._before.pop(target, None)
         self._copy(other._held.recurrences[other._sides[source]], source, self._held.recurrences[self.side], target)
         self.tokens[target], self._sides[target] = other.tokens[source], self.side
@@ -187,6 +212,8 @@ class Slots:
     def __init__(self, bundle: Bundle, engine: BindingEngine, count: int, slots: Mapping[str, int]) -> None:
         self._engine, self._count = engine, count
         self._plan = bundle.manifest.plan
+        if bundle.manifest.model.recurrent_layers:  # so that drafts are verified in one call beside any other row
+            slots = {name: most + MOST_PENDING + 1 for name, most in slots.items()}
         self.buffers = RowBuffers.allocate(bundle, engine, count, slots)
         outputs = bundle.manifest.io(StepKind.REFRESH, engine.target).outputs
         self._spec = next(spec for spec in outputs if spec.name == "logits")
@@ -237,6 +264,11 @@ class Slots:
     def goes_back(self, slot: int, kept: int, dropped: int) -> bool:
         """Whether a row may go on behind so many of its entries."""
         return self._states.goes_back(slot, kept)
+
+    def goes_on(self, slot: int, kept: int) -> None:
+        """A row goes on behind so many tokens, which may be fewer than the latest run has run of it."""
+        if kept < self._states.tokens[slot]:
+            self._states.go_back(slot, kept)
 
     def admit(self, slot: int, slots: Mapping[str, int], back: int | None) -> None:
         """A row begins; its memory is there."""
@@ -413,6 +445,8 @@ class Slots:
         found = np.zeros((len(runs), *self._spec.sized({"batch": 1, "rows": self._wanted})[1:]), np.float32)
         left, done = list(runs), dict.fromkeys(due, 0)
         while going := [slot for slot in due if left[slot].tokens]:
+            if self._recurs:  # what may not count in full runs last: nothing writes over what it has read
+                going = [slot for slot in going if not runs[slot].each] or going
             over = [slot for slot in due if not left[slot].tokens]
             standing = [] if self._engine.idle_rows else [*beside, *over]
             room = self._room(kind, [left[slot] for slot in (*standing, *going)])

@@ -263,7 +263,7 @@ def test_drafting_leaves_the_constraint_where_it_was() -> None:
 
     constraint = Ruled(one_way, VOCAB)
     sampler = RowSampler(SamplingOptions(), np.array([1]), np.random.SeedSequence(0), 0, constraint)
-    drafter = Drafter(sampler, draft_source("lora", POLICIES["lossless"], 1), (), [1])
+    drafter = Drafter(sampler, draft_source("lora", POLICIES["lossless"], 1), (), [1], None)
     drafter.begin([1], 20)
     drafter.begin_steps()
     steps = 0

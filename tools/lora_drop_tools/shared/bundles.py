@@ -33,7 +33,7 @@ def check_session(
     """
     for policy in policies:
         if policy is not None:
-            bundle.manifest.check_policy(policy_named(policy))
+            bundle.manifest.plan.check_policy(policy_named(policy))
     name = check_engine(bundle, target, provider)
     if threads is not None and provider is None and bundle.target(name)[1].on_device:
         raise InputError(
