@@ -7,6 +7,9 @@
                     `experts.down_proj.rows` [E·d, I]; where the gate is GELU `experts.gate_up_proj.apart` [2E·I, d],
                     the gates of all experts and then their ups
 
+Of experts without a gate a checkpoint has ups alone, and transformers `experts.up_proj` [E, I, d]: they are the gates,
+too (decoder/experts.py).
+
 Enters: the tensors of a checkpoint. Leaves: sources of the other two forms, read a few rows at a time.
 """
 
@@ -35,7 +38,7 @@ from .foreign import CHECKPOINT_HINT
 ROWS, APART = ".rows", ".apart"  # end a name of the bundle's form
 TURNED = ("gpt_oss",)
 _Arrays = tuple[npt.NDArray[Any], ...]
-GATE_UP, DOWN = "gate_up_proj", "down_proj"  # the parameters of a module of experts
+GATE_UP, UP, DOWN = "gate_up_proj", "up_proj", "down_proj"  # the parameters of a module of experts
 
 
 def _plain(name: str) -> str:
@@ -367,12 +370,17 @@ def find_experts(checkpoint: Checkpoint, name: str, experts: int | None) -> Tens
     turned = checkpoint.config.model_type in TURNED
     if name == plain and stored is not None and experts and stored.shape[0] % experts == 0:
         return ExpertStack(name, stored, experts, turned)
-    if plain in checkpoint.joined:
-        parts = tuple(tuple(tensors[n] for n in expert) for expert in checkpoint.joined[plain])
+    ups = f"{plain.removesuffix(GATE_UP)}{UP}" if plain.endswith(f".{GATE_UP}") else plain
+    if plain in checkpoint.joined or ups in checkpoint.joined:
+        parts = tuple(tuple(tensors[n] for n in expert) for expert in checkpoint.joined.get(plain, ()))
+        parts = parts or tuple((tensors[n], tensors[n]) for (n,) in checkpoint.joined[ups])
         _check_shapes(parts)
         rows = _rows_of(name if name != plain else f"{plain}{ROWS}", parts)
         return rows if name != plain else ExpertStack(name, rows, len(parts), turned)
-    whole = tensors.get(checkpoint.renamed.get(plain, plain))
+    whole, only = (tensors.get(checkpoint.renamed.get(one, one)) for one in (plain, ups))
+    if whole is None and ups != plain and only is not None and len(only.shape) == 3:
+        rows = ExpertRows(f"{plain}{ROWS}", tuple(part * 2 for part in _cut(only, 1, turned)))
+        return rows if name != plain else ExpertStack(name, rows, only.shape[0], turned)
     if name == plain or whole is None or len(whole.shape) != 3:
         return None
     return ExpertRows(name, _grouped(name, _cut(whole, _turns(name), turned)))

@@ -11,6 +11,7 @@ from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.weights.resolve import find_tensor
 
 from .convolutions import exchange_convolutions
+from .experts import exchange_experts
 from .recurrences import exchange_recurrences
 from .text_models import register_text_model
 
@@ -73,6 +74,7 @@ def build_model(checkpoint: Checkpoint, dtype: str, attention: str | None = None
             text.tie_word_embeddings = False
             model = build()
         model.config._experts_implementation = experts  # older versions take their own names alone as an option
+        exchange_experts(model)
     if attention is not None:
         exchange_convolutions(model)
         exchange_recurrences(model)

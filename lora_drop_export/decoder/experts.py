@@ -10,11 +10,15 @@ the experts' own one below the other, a row of gate and one of up in turns, and 
 for one expert is one piece then. Where the gate is GELU all gates lie before all ups. In the checkpoint they may lie
 otherwise (checkpoint/experts.py). Experts that no step graph holds are refused where the modules are looked at
 (refusals.py).
+
+Nemotron H's experts have no gate and make `down_e relu(up_e x)²`. Kernels that read the chosen experts alone have a
+gate, so these get one with the rows of up: `relu(u) · u` is the formula with an α at which σ is 0 or 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from fractions import Fraction
 from typing import Any
 
@@ -27,6 +31,7 @@ from .attention_interface import DOMAIN
 from .gates import SILU, gate_of
 
 _MATRICES = _GATE_UP, _DOWN = 3, 4  # their places among a node's inputs
+_STEEP = 2.0**40  # α
 
 
 def is_mixture(node: ir.Node) -> bool:
@@ -70,6 +75,64 @@ def _emit(module: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any)
         version=1,
     )
     return output
+
+
+def _each_expert(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+    """What a mixture makes of tokens [T, d], one expert after the other."""
+    import torch
+    from torch.nn.functional import linear
+
+    result = torch.zeros_like(hidden_states)
+    for expert in top_k_index.unique().tolist():
+        token, place = torch.where(top_k_index == expert)
+        inner = self._apply_gate(linear(hidden_states[token], self.gate_up_proj[expert]))
+        made = linear(inner, self.down_proj[expert]) * top_k_weights[token, place, None]
+        result.index_add_(0, token, made.to(result.dtype))
+    return result
+
+
+@functools.cache
+def _gated(kind: Any) -> Any:
+    """The class of experts without a gate, whose gate is `relu`."""
+    import torch
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    class Gated(kind):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            name = self.config._experts_implementation
+            return ALL_EXPERTS_FUNCTIONS.get_interface(name, _each_expert)(self, *args, **kwargs)
+
+        def _apply_gate(self, gate_up: Any) -> Any:
+            gate, up = gate_up.chunk(2, dim=-1)
+            return torch.relu(gate) * up
+
+    Gated.__name__ = kind.__name__  # by which other parts know what it is
+    return Gated
+
+
+def _is_squared_relu(activation: Any) -> bool:
+    import torch
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily(), torch.device("cpu"):
+        values = torch.linspace(-8, 8, 33)
+        return bool(torch.equal(activation(values), torch.relu(values) ** 2))
+
+
+def exchange_experts(model: Any) -> None:
+    """Let experts that make `down relu(up x)²` have a gate, whose rows are those of up, for good. Their weights are to
+    be read anew."""
+    import torch
+
+    for module in model.modules():
+        if not getattr(module, "has_gate", True) and not module.has_bias and _is_squared_relu(module.act_fn):
+            up = module.up_proj
+            count, inner, width = up.shape
+            del module.up_proj
+            module.gate_up_proj = torch.nn.Parameter(up.new_empty((count, 2 * inner, width)), up.requires_grad)
+            module.has_gate, module.alpha = True, _STEEP
+            kind: Any = type(module)
+            module.__class__ = _gated(kind)
 
 
 def register_experts(name: str) -> None:

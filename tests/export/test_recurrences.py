@@ -18,12 +18,13 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.graph_io import MOST_PENDING
 from lora_drop_runtime.decoding.request import Request
 from lora_drop_runtime.decoding.slots import Run, _RecurrentStates
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import InputError, ModelError
 from lora_drop_runtime.plan.schedule import LastLogits, StepKind
 from lora_drop_tools.inspect import describe
 from transformers import PreTrainedModel
 
 from lora_drop_export.check.verify import compare
+from lora_drop_export.checkpoint.open import open_checkpoint
 from tests.export.test_against_oracle import PROMPTS, assert_same_run
 from tests.runtime.decoding.test_batch import interrupted
 from tests.support import oracle
@@ -88,6 +89,16 @@ def nemotron_h() -> PreTrainedModel:
     return remembering(build(transformers.NemotronHForCausalLM, transformers.NemotronHConfig, seed=77, **own))
 
 
+def nemotron_h_moe() -> PreTrainedModel:
+    """Experts without a gate, in a latent space; routers choose groups first."""
+    types = ["linear_attention", "moe", "full_attention", "moe"]
+    own: dict[str, Any] = {"layers_block_type": types, "head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 12}
+    own |= {"n_groups": 2, "ssm_state_size": 24, "num_hidden_layers": None, "n_routed_experts": 8, "n_group": 2}
+    own |= {"num_experts_per_tok": 2, "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 32}
+    own |= {"moe_latent_size": 32, "routed_scaling_factor": 2.5}
+    return remembering(build(transformers.NemotronHForCausalLM, transformers.NemotronHConfig, seed=79, **own))
+
+
 def falcon_h1(**options: Any) -> PreTrainedModel:
     """Mamba 2 beside attention in each layer, and many numbers that scale one or the other; a norm of its output."""
     own: dict[str, Any] = {"num_hidden_layers": 4, "head_dim": 16, "mamba_n_heads": 8, "mamba_d_head": 12}
@@ -102,7 +113,8 @@ def falcon_h1_plain() -> PreTrainedModel:
     return falcon_h1(mamba_rms_norm=False)
 
 
-OTHERS = [qwen3_next, qwen3_5_moe, olmo_hybrid, granite_hybrid, bamba, nemotron_h, falcon_h1, falcon_h1_plain]
+OF_HALVES = [nemotron_h, nemotron_h_moe]
+OTHERS = [qwen3_next, qwen3_5_moe, olmo_hybrid, granite_hybrid, bamba, *OF_HALVES, falcon_h1, falcon_h1_plain]
 
 
 @pytest.mark.parametrize("make", [qwen3_5, *OTHERS])
@@ -138,14 +150,28 @@ def test_plan(policy: str, surrogate: str, sites: tuple[str, ...], tmp_path: Pat
 
 @pytest.mark.parametrize("make", OTHERS)
 def test_other_family(make: Any, tmp_path: Path) -> None:
-    source, has_halves = traced_model(quartered(make())), make is not nemotron_h
-    sites = ("0", "2.attn", "3.mlp") if has_halves else ("0", "2", "3")
+    source, sites = traced_model(quartered(make())), ("0", "2", "3") if make in OF_HALVES else ("0", "2.attn", "3.mlp")
     options = ANY | {"drop_layers": sites, "policy": "backfill", "rank": 2, "k": 2}
     bundle = make_adapted_bundle(source, tmp_path, **options)
     plan = oracle_plan(bundle, tmp_path / "adapters")
     with Session.open(bundle.root, threads=1) as session:
         for prompts in (PROMPTS, LONG):
             assert_same_run(session, source.model, plan, prompts, 2)
+
+
+def test_experts_without_a_gate(tmp_path: Path) -> None:
+    """In integers too, of a checkpoint with a matrix for each expert; of another activation they are refused."""
+    source = traced_model(quartered(nemotron_h_moe()))
+    assert any(name.endswith("mixer.experts.7.up_proj.weight") for name in source.checkpoint.tensors)
+    options = ANY | {"drop_layers": ("1",), "policy": "backfill", "dtype": "int4", "block_size": 32, "k": 2}
+    rounded = make_bundle(source, tmp_path / "int4", **options)
+    assert compare(rounded, target="ort", threads=1).passed
+    again = open_checkpoint(str(rounded.root), tmp_path / "scratch", trust_remote_code=False, log=print)
+    assert [ref for ref in again.tensors if ref.endswith("experts.gate_up_proj.rows")]
+    other = nemotron_h_moe().config
+    other.mlp_hidden_act = "gelu"
+    with pytest.raises(ModelError, match="experts without a gate"):
+        traced_model(transformers.NemotronHForCausalLM(other))
 
 
 @pytest.mark.parametrize("policy", ["fill", "skip"])
