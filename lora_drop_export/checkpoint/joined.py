@@ -1,8 +1,7 @@
-"""Tensors that checkpoints have apart and transformers' model has as one: the convolutions of OLMo hybrid."""
+"""Tensors that checkpoints have apart and transformers' model has as one: convolutions, as in OLMo hybrid."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .checkpoint import TensorSource
+from .checkpoint import Checkpoint, TensorSource
 
-_PARTS = {"linear_attn.conv1d.weight": tuple(f"linear_attn.{part}_conv1d.weight" for part in "qkv")}
+_PARTS = {"conv1d.weight": tuple(f"{part}_conv1d.weight" for part in "qkv")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +44,12 @@ class JoinedRows:
         return self.read()[begin:end]  # a few kilobytes
 
 
-def find_joined(tensors: Mapping[str, TensorSource], name: str) -> TensorSource | None:
+def find_joined(checkpoint: Checkpoint, name: str) -> TensorSource | None:
     """The tensor of a parameter that the checkpoint has in parts; None where it has not all of them, in one form."""
     for whole, names in _PARTS.items():
         if name.endswith(f".{whole}"):
-            found = [tensors.get(f"{name.removesuffix(whole)}{part}") for part in names]
+            apart = [f"{name.removesuffix(whole)}{part}" for part in names]
+            found = [checkpoint.tensors.get(checkpoint.renamed.get(part, part)) for part in apart]
             parts = tuple(part for part in found if part is not None and part.shape)
             alike = len({(part.dtype, part.shape[1:]) for part in parts}) == 1
             return JoinedRows(name, parts) if alike and len(parts) == len(names) else None

@@ -29,7 +29,8 @@ class RecurrenceCall:
 
         S_t = e^g S_{t−1};   S_t = S_t + β k (v − S_tᵀ k)ᵀ;   out = S_tᵀ q / √Dk
 
-    and by that of Mamba 2 (Dao and Gu 2024, arXiv:2405.21060, Eq. 1; C, B, x and Δ are q, k, v and β, g is Δ A)
+    with a g of its own for each row of S in Kimi Linear (Zhang et al. 2025, arXiv:2510.26692, Eq. 1); and by that of
+    Mamba 2 (Dao and Gu 2024, arXiv:2405.21060, Eq. 1; C, B, x and Δ are q, k, v and β, g is Δ A)
 
         S_t = e^g S_{t−1} + β k vᵀ;   out = S_tᵀ q + skip v
 
@@ -38,7 +39,8 @@ class RecurrenceCall:
     Attributes:
         module: the mixer; its `layer_idx` is the layer.
         x: [B, S, W], q, k and v of all heads before the convolution.
-        decay, beta: g and β, [B, S, H].
+        decay: g, [B, S, H], or [B, S, H·Dk].
+        beta: β, [B, S, H].
         taps: [W, 1, K].
         bias: [W]; None for none.
         form: its sizes, and the rule.
@@ -57,7 +59,7 @@ class RecurrenceCall:
 
     @property
     def key(self) -> Any:
-        """The tokens' entries, [B, 1, S, W + 2 H]."""
+        """The tokens' entries, [B, 1, S, E]."""
         import torch
 
         return torch.cat([self.x, self.decay, self.beta], dim=2).unsqueeze(1)
@@ -76,7 +78,7 @@ class RecurrenceCall:
         """q, k [B, N, H, Dk] and v [B, N, H, Dv] of tokens.
 
         Args:
-            entries: [B, C, W + 2 H].
+            entries: [B, C, E].
             places: of each token the entries that its convolution mixes, [N, K], the last one its own; −1 for none.
         """
         import torch
@@ -98,10 +100,10 @@ class RecurrenceCall:
         return q, k, v.reshape(*v.shape[:2], form.heads, form.value_dim)
 
     def _moved(self, state: Any, entry: Any, k: Any, v: Any) -> Any:
-        """States [.., H, Dk, Dv] after a token each, whose entry is [.., W + 2 H]."""
-        channels, heads = self.form.channels, self.form.heads
-        decay, beta = (entry[..., n : n + heads] for n in (channels, channels + heads))
-        state = state * decay.exp()[..., None, None]
+        """States [.., H, Dk, Dv] after a token each, whose entry is [.., E]."""
+        form = self.form
+        decay, beta = entry[..., form.channels :].split([form.heads * form.decays, form.heads], dim=-1)
+        state = state * decay.exp().unflatten(-1, (form.heads, form.decays))[..., None]
         known = (state * k[..., None]).sum(dim=-2) if self.form.rule == GATED_DELTA else 0
         change = beta[..., None] * (v - known)
         return state + k[..., None] * change[..., None, :]
@@ -110,7 +112,7 @@ class RecurrenceCall:
         """[B, S, H·Dv], of entries.
 
         Args:
-            key: [B, 1, C, W + 2 H].
+            key: [B, 1, C, E].
             value: nothing.
             seen: bool [S, C], of each token the entries that it sees, in their order; the last one is its own. Those
                 before that one are what an earlier token sees, or the first so many. Of no entries nothing comes: 0.
@@ -178,6 +180,11 @@ def _is_mamba(module: Any) -> bool:
     return type(module).__name__ in _MAMBA
 
 
+def _is_kimi(module: Any) -> bool:
+    """Whether its delta rule is that of Kimi Linear."""
+    return type(module).__name__.endswith("DeltaAttention") and hasattr(module, "forget_gate")
+
+
 def shifted_window(call: AttentionCall | ConvolutionCall | RecurrenceCall) -> int:
     """Positions that a hole in what a layer keeps would shift; 0 where it shifts none."""
     return call.form.taps if isinstance(call, RecurrenceCall) else call.window
@@ -186,11 +193,13 @@ def shifted_window(call: AttentionCall | ConvolutionCall | RecurrenceCall) -> in
 def _form(mixer: Any) -> Recurrence:
     channels, _, taps = mixer.conv1d.weight.shape
     if _is_mamba(mixer):
-        return Recurrence(
-            channels, taps, mixer.n_groups, mixer.num_heads, mixer.ssm_state_size, mixer.head_dim, GATED
-        )  # fmt: skip
+        sizes = mixer.n_groups, mixer.num_heads, mixer.ssm_state_size, mixer.head_dim
+        return Recurrence(channels, taps, *sizes, 1, GATED)
+    if _is_kimi(mixer):
+        heads, width = mixer.num_heads, mixer.head_dim
+        return Recurrence(channels, taps, heads, heads, width, width, width, GATED_DELTA)
     heads = mixer.num_k_heads, mixer.num_v_heads
-    return Recurrence(channels, taps, *heads, mixer.head_k_dim, mixer.head_v_dim, GATED_DELTA)
+    return Recurrence(channels, taps, *heads, mixer.head_k_dim, mixer.head_v_dim, 1, GATED_DELTA)
 
 
 def _projected(mixer: Any, hidden: Any) -> tuple[Any, Any, Any, Any]:
@@ -254,7 +263,23 @@ def _through_interface(mixer: type[Any]) -> Any:
             norm, project = (self.norm, self.out_proj) if hasattr(self, "out_proj") else (self.o_norm, self.o_proj)
             return project(norm(mixed.reshape(heads), gate.reshape(heads)).flatten(2))
 
+    class OfKimi(mixer):  # type: ignore[misc]
+        def forward(self, hidden_states: Any, *_: Any, **__: Any) -> Any:
+            import torch
+
+            projects = self.q_proj, self.k_proj, self.v_proj
+            x = torch.cat([project(hidden_states) for project in projects], dim=2)
+            decay, beta = self.forget_gate(hidden_states).flatten(2), self.b_proj(hidden_states).sigmoid()
+            call = RecurrenceCall(self, x, decay, beta, self.conv1d.weight, self.conv1d.bias, _form(self))
+            mixed = attention_function(self.config._attn_implementation)(call)
+            heads = (*mixed.shape[:2], self.num_heads, self.head_dim)
+            gates = (self.g_proj,) if hasattr(self, "g_proj") else (self.g_a_proj, self.g_b_proj)
+            gate = functools.reduce(lambda value, project: project(value), gates, hidden_states)
+            return self.o_proj(self.o_norm(mixed.reshape(heads), gate.reshape(heads)).flatten(2))
+
     through: Any = OfMamba if mixer.__name__ in _MAMBA else OfDeltaRule
+    if mixer.__name__.endswith("DeltaAttention"):
+        through = OfKimi
     through.__name__ = mixer.__name__  # by which other parts know what it is
     return through
 
@@ -266,7 +291,7 @@ def exchange_recurrences(model: Any) -> None:
         ModelError: they are of another kind than those that are known.
     """
     for module in model.modules():
-        if type(module).__name__.endswith("GatedDeltaNet") or _is_mamba(module):
+        if type(module).__name__.endswith("GatedDeltaNet") or _is_mamba(module) or _is_kimi(module):
             module.config = model.config.get_text_config()
             form = _form(module)
             cut = 2 * form.key_heads * form.key_dim + form.heads * form.value_dim

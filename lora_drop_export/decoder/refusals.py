@@ -23,7 +23,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 _SHORT_CONVOLUTIONS = ("lfm2", "lfm2_moe", "lfm3")
 _RECURRENT = (
     *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"),
-    *("granitemoehybrid", "bamba", "falcon_h1", "nemotron_h"),
+    *("kimi_linear", "bailing_hybrid", "granitemoehybrid", "bamba", "falcon_h1", "nemotron_h"),
 )
 _OWN_ATTENTION = ("falcon", "gpt_neo", "mpt")
 _OTHER_ATTENTION = ("linear", "chunked", "compressed", "indexed", "reference")  # words in the types of layers

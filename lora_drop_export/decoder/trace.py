@@ -5,8 +5,8 @@ Enters: a checkpoint, of which only the config is used. Leaves: a `TracedModel`:
     query [B, H, S, D], key and value [B, Hkv, S, D], sinks [H] → [B, S, H, D], attributes layer, scale, sliding_window,
     softcap; each short convolution one `lora_drop::CacheConvolution(x, gate, taps[, bias])`, x and gate [B, S, d],
     taps [d, 1, K] → [B, S, d], attribute layer; each recurrent state one
-    `lora_drop::CacheRecurrence(x, decay, beta, taps[, bias][, skip])`, x [B, S, W], decay and beta [B, S, H], taps
-    [W, 1, K], skip [H] of Mamba → [B, S, H·Dv], attribute layer (recurrences.py);
+    `lora_drop::CacheRecurrence(x, decay, beta, taps[, bias][, skip])`, x [B, S, W], decay [B, S, H], or [B, S, H·Dk],
+    beta [B, S, H], taps [W, 1, K], skip [H] of Mamba → [B, S, H·Dv], attribute layer (recurrences.py);
   - each mixture of experts is one `lora_drop::Experts` node (experts.py);
   - the residual stream carries the names `hidden_states.0` … `hidden_states.n` (layer i reads i and makes i+1);
   - parameters are initializers with their Hugging Face names, external and without data;

@@ -187,11 +187,14 @@ def _router_matrices(graph: ir.Graph) -> frozenset[str]:
 
 
 def _change_matrices(graph: ir.Graph) -> frozenset[str]:
-    """Names of the matrices [H, ·] that decide how far a token changes a recurrent state, and how fast that is
-    forgotten."""
+    """Names of the small matrices that decide how far a token changes a recurrent state, and how fast that is
+    forgotten: [H, ·], or [H·Dk, Dk] behind one that comes down to the width of a head."""
     found, seen = set(), set[ir.Value]()
     nodes = list(filter(is_recurrence, graph))
-    heads = max((int(node.inputs[1].shape[2]) for node in nodes), default=0)  # type: ignore[union-attr, index, arg-type]
+    decays, heads = (
+        max((int(node.inputs[place].shape[2]) for node in nodes), default=1)  # type: ignore[union-attr, index, arg-type]
+        for place in (1, 2)
+    )
     todo = [value for node in nodes for value in node.inputs[1:3]]
     while todo:
         value = todo.pop()
@@ -203,8 +206,11 @@ def _change_matrices(graph: ir.Graph) -> frozenset[str]:
             todo.extend(node.inputs)
         elif (weight := viewed(node.inputs[1])).producer() is not None:  # type: ignore[arg-type]
             weights = [one for one in weight.producer().inputs if one is not None]  # type: ignore[union-attr]
-            # Not Mamba's, which makes all that its state is given
-            found |= {str(one.name) for one in weights if one.shape and int(one.shape[0]) <= 2 * heads}  # type: ignore[arg-type]
+            for one in weights:
+                rows, columns = map(int, one.shape if one.shape and len(one.shape) == 2 else (0, 0))
+                # Not Mamba's, which makes all that its state is given
+                if 0 < rows <= 2 * heads or 1 < columns <= decays // heads:
+                    found.add(str(one.name))
     return frozenset(found)
 
 

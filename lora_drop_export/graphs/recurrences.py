@@ -125,7 +125,7 @@ class Recurrences:
         axes, width = ops.ints([1, 2]), form.key_heads * form.key_dim
         changes = ops("Slice", both, ops.ints([form.taps - 1, form.channels]), ops.ints([_END, _END]), axes)
         changes = ops("Where", shared.is_new, changes, ops.constant(np.array(0, np.float32)))
-        decay, beta = self._split(ops, changes, form.heads, form.heads)
+        decay, beta = self._split(ops, changes, form.heads * form.decays, form.heads)
         if is_delta:
             directions, value = self._split(ops, mixed, 2 * width, form.heads * form.value_dim)
         else:

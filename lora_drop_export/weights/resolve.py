@@ -31,7 +31,7 @@ def find_tensor(
         for spelling in _spellings(candidate):
             found = checkpoint.tensors.get(checkpoint.renamed.get(spelling, spelling))
             if found is None:
-                found = find_experts(checkpoint, spelling, experts) or find_joined(checkpoint.tensors, spelling)
+                found = find_experts(checkpoint, spelling, experts) or find_joined(checkpoint, spelling)
             if found is not None:
                 return found
     return None

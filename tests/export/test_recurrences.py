@@ -113,8 +113,30 @@ def falcon_h1_plain() -> PreTrainedModel:
     return falcon_h1(mamba_rms_norm=False)
 
 
-OF_HALVES = [nemotron_h, nemotron_h_moe]
-OTHERS = [qwen3_next, qwen3_5_moe, olmo_hybrid, granite_hybrid, bamba, *OF_HALVES, falcon_h1, falcon_h1_plain]
+def kimi_linear(name: str = "KimiLinear") -> PreTrainedModel:
+    """Each row of a state forgets at a pace of its own; latent attention, and experts behind a dense layer."""
+    skip_without(f"{name}Config")
+    own: dict[str, Any] = {"num_hidden_layers": 4, "moe_intermediate_size": 32, "kv_lora_rank": 16, "q_lora_rank": 24}
+    own |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_local_experts": 8, "n_group": 2}
+    own |= {
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    own |= {"layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"]}
+    classes = (getattr(transformers, f"{name}{end}") for end in ("ForCausalLM", "Config"))
+    return remembering(build(*classes, seed=80, **own))
+
+
+def bailing_hybrid() -> PreTrainedModel:
+    """The same with another gate; the latent attention turns a part of a head."""
+    return kimi_linear("BailingHybrid")
+
+
+OF_HALVES, KIMI = [nemotron_h, nemotron_h_moe], [kimi_linear, bailing_hybrid]
+OTHERS = [qwen3_next, qwen3_5_moe, olmo_hybrid, granite_hybrid, bamba, *OF_HALVES, falcon_h1, falcon_h1_plain, *KIMI]
 
 
 @pytest.mark.parametrize("make", [qwen3_5, *OTHERS])

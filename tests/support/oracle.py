@@ -111,6 +111,9 @@ class Row:
                 mixer = getattr(layer, "mamba", None) or getattr(layer, "mixer", None)
                 if hasattr(mixer, "ssm_state_size"):
                     undo.enter_context(mock.patch.object(mixer, "forward", partial(mamba, mixer, i)))
+                if hasattr(getattr(layer, "self_attn", None), "forget_gate"):
+                    rule = layer.self_attn
+                    undo.enter_context(mock.patch.object(rule, "forward", partial(kimi_rule, rule, i)))
                 norm = norm_after_attention(layer)
                 if norm is not None:
                     undo.enter_context(norm.register_forward_pre_hook(partial(self.keep_h, i)))
@@ -260,7 +263,7 @@ def attention(
     query `[1, H, 1, D]`; key, value `[1, H_kv, 1, D]`, RoPE already applied; returns `[1, 1, H, D]`.
     """
     if not running.attends:
-        return torch.zeros_like(query.transpose(1, 2)), None
+        return query.new_zeros((1, 1, query.shape[1], value.shape[3])), None
     slots, position = running.slots[module.layer_idx], running.position
     new = key[0, :, 0], value[0, :, 0]
     if running.plan.kv_scales is not None:
@@ -338,6 +341,34 @@ def delta_rule(module, layer: int, hidden_states: Tensor, **_unused) -> Tensor:
     norm = module.norm if hasattr(module, "norm") else module.o_norm
     project = module.out_proj if hasattr(module, "out_proj") else module.o_proj
     return project(norm(torch.stack(out), gate.reshape(heads, dim)).flatten())[None, None]
+
+
+def kimi_rule(module, layer: int, hidden_states: Tensor, **_unused) -> Tensor:
+    """A delta rule whose state forgets each row at a pace of its own (arXiv:2510.26692, Eq. 1), of one new token."""
+    if not running.attends:
+        return torch.zeros_like(hidden_states)
+    heads, dim = module.num_heads, module.head_dim
+    new = torch.cat([project(hidden_states)[0, 0] for project in (module.q_proj, module.k_proj, module.v_proj)])
+    slots, position = running.states[layer], running.position
+    taps, inputs = module.conv1d.weight[:, 0], [x for _, x, _ in slots] + [new]
+    mixed = sum(taps[:, -n] * x for n, x in enumerate(inputs[: -taps.shape[1] - 1 : -1], start=1))
+    query, key, value = torch.nn.functional.silu(mixed).reshape(3, heads, dim)
+    decay, strength = (
+        module.forget_gate(hidden_states).exp().reshape(heads, dim),
+        module.b_proj(hidden_states).sigmoid(),
+    )
+    state, after, out = slots[-1][2] if slots else torch.zeros(heads, dim, dim), [], []
+    for head in range(heads):
+        q, k = (x[head] / torch.sqrt((x[head] ** 2).sum() + 1e-6) for x in (query, key))
+        S = torch.diag(decay[head]) @ state[head]
+        S = S + strength[0, 0, head] * torch.outer(k, value[head] - S.T @ k)
+        after.append(S)
+        out.append(S.T @ q / dim**0.5)
+    slots.append((position, new, torch.stack(after)))
+    gate = (
+        module.g_proj(hidden_states) if hasattr(module, "g_proj") else module.g_b_proj(module.g_a_proj(hidden_states))
+    )
+    return module.o_proj(module.o_norm(torch.stack(out), gate.reshape(heads, dim)).flatten())[None, None]
 
 
 def mamba(module, layer: int, hidden_states: Tensor, **_unused) -> Tensor:

@@ -104,6 +104,7 @@ class Recurrence:
         channels: of q, k and v together, which a convolution over `taps` tokens mixes.
         key_heads, key_dim: of q and k.
         heads, key_dim, value_dim: of the state.
+        decays: of a head, one for all of its state or one for each of `key_dim` rows.
         rule: `gated_delta` of Gated DeltaNet; `gated` of Mamba 2, whose C, B and x are q, k and v here, and Δ is β.
     """
 
@@ -113,12 +114,13 @@ class Recurrence:
     heads: int
     key_dim: int
     value_dim: int
+    decays: int
     rule: str
 
     @property
     def entry(self) -> int:
-        """Values that are kept of a token until it is in the state: its channels, and decay and β of each head."""
-        return self.channels + 2 * self.heads
+        """Values that are kept of a token until it is in the state: its channels, and decays and β of each head."""
+        return self.channels + self.heads * (self.decays + 1)
 
     @property
     def recent(self) -> int:

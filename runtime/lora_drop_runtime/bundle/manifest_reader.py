@@ -95,6 +95,7 @@ def _check_model(model: ModelFacts) -> None:
     if model.recurrence is not None:
         *sizes, rule = (field.name for field in dataclasses.fields(model.recurrence))
         _check_positive("model.recurrence", model.recurrence, *sizes)
+        _check_one_of("model.recurrence.decays", model.recurrence.decays, (1, model.recurrence.key_dim))
         _check_one_of(f"model.recurrence.{rule}", model.recurrence.rule, (GATED_DELTA, GATED))
     _check_one_of("model.dtype", model.dtype, MODEL_DTYPES)
     _check_one_of("model.weight_dtype", model.weight_dtype, MODEL_DTYPES + QUANTIZED_DTYPES)
