@@ -1,10 +1,11 @@
 """Writes a mixture of experts with random weights, or a model with recurrent states.
 
-python docs/benchmarks/mixture.py TOKENIZER_DIR OUT [--like gpt-oss|gemma-4|deepseek-v2-lite|qwen3.5]
+python docs/benchmarks/mixture.py TOKENIZER_DIR OUT [--like gpt-oss|gemma-4|deepseek-v2-lite|qwen3.5|falcon-h1|nemotron-h]
 
 Built as OLMoE, 0.9 billion, of which a token is sent to 4 of 32 experts a layer; or four layers at their own width of
 GPT-OSS-20B (4 of 32, 3.5 billion) or of Gemma 4 26B-A4B (8 of 128, 3.7 billion): 7 GB, in memory and on disk. Or of
-DeepSeek-V2-Lite (6 of 64 and 2 for all, 2.2 billion). Or 24 layers of Qwen3.5, which has no experts: half a billion.
+DeepSeek-V2-Lite (6 of 64 and 2 for all, 2.2 billion). Or, without experts, 24 layers of Qwen3.5 or 36 of Falcon H1,
+half a billion each, or 34 of Nemotron H, which are as many halves of others, 0.4 billion.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-LIKE = ("olmoe", "gpt-oss", "gemma-4", "deepseek-v2-lite", "qwen3.5")
+LIKE = ("olmoe", "gpt-oss", "gemma-4", "deepseek-v2-lite", "qwen3.5", "falcon-h1", "nemotron-h")
 
 
 def _config(like: str, **shared: Any) -> Any:
@@ -74,6 +75,44 @@ def _config(like: str, **shared: Any) -> Any:
             linear_num_value_heads=16,
             linear_key_head_dim=128,
             linear_value_head_dim=128,
+            tie_word_embeddings=True,
+            **shared,
+        )
+    if like == "falcon-h1":
+        from transformers import FalconH1Config
+
+        return FalconH1Config(
+            hidden_size=1024,
+            intermediate_size=2048,
+            num_hidden_layers=36,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=64,
+            mamba_d_ssm=1536,
+            mamba_n_heads=24,
+            mamba_d_head=64,
+            mamba_d_state=128,
+            mamba_n_groups=1,
+            mamba_rms_norm=False,
+            tie_word_embeddings=True,
+            **shared,
+        )
+    if like == "nemotron-h":
+        from transformers import NemotronHConfig
+
+        pairs = ["linear_attention", "mlp"] * 3
+        return NemotronHConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            layers_block_type=[*pairs, "linear_attention", "full_attention", "mlp", *pairs, "full_attention", "mlp"]
+            * 2,
+            num_attention_heads=16,
+            num_key_value_heads=4,
+            head_dim=64,
+            mamba_num_heads=32,
+            mamba_head_dim=64,
+            ssm_state_size=128,
+            n_groups=8,
             tie_word_embeddings=True,
             **shared,
         )
