@@ -1,6 +1,6 @@
 """Writes a mixture of experts with random weights, or a model with recurrent states.
 
-python docs/benchmarks/mixture.py TOKENIZER_DIR OUT [--like gpt-oss|gemma-4|deepseek-v2-lite|qwen3.5|falcon-h1|nemotron-h]
+python docs/benchmarks/mixture.py TOKENIZER_DIR OUT [--like NAME]    # gpt-oss, gemma-4, …
 
 Built as OLMoE, 0.9 billion, of which a token is sent to 4 of 32 experts a layer; or four layers at their own width of
 GPT-OSS-20B (4 of 32, 3.5 billion) or of Gemma 4 26B-A4B (8 of 128, 3.7 billion): 7 GB, in memory and on disk. Or of
