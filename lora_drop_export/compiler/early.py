@@ -31,8 +31,7 @@ from lora_drop_export.console import Console
 from lora_drop_export.decoder.anatomy import kv_sources
 from lora_drop_export.decoder.context import (
     CONVOLUTION,
-    HYBRID,
-    LINEAR_ATTENTION,
+    RECURRENT,
     convolution_window,
     is_recurrent,
     recurrence_window,
@@ -91,12 +90,8 @@ def windows_of_config(config: Any) -> tuple[int, ...] | None:
     size = window_within(config, size) if used else 0
     types = getattr(config, "layer_types", None)
     if isinstance(types, list | tuple) and len(types) == layers:
-        sizes = {
-            "sliding_attention": size,
-            CONVOLUTION: convolution_window(config),
-            LINEAR_ATTENTION: recurrence_window(config),
-            HYBRID: recurrence_window(config),
-        }
+        sizes = {"sliding_attention": size, CONVOLUTION: convolution_window(config)}
+        sizes |= dict.fromkeys(RECURRENT, recurrence_window(config))
         return tuple(sizes.get(kind, 0) for kind in types)
     # Code that a model brings may mean something else by it
     return (size if type(config).__module__.startswith("transformers.") else 0,) * layers

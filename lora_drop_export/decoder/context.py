@@ -10,8 +10,7 @@ _SIZES = ("max_position_embeddings", "n_positions", "max_sequence_length")
 _ORIGINAL = "original_max_position_embeddings"
 _UNKNOWN = 2048
 CONVOLUTION = "conv"  # type of a layer with a short convolution, in `layer_types`
-LINEAR_ATTENTION = "linear_attention"  # the same of one with a recurrent state
-HYBRID = "hybrid"  # and of one with both that and attention
+RECURRENT = ("linear_attention", "mamba", "hybrid")  # the same of those with a recurrent state
 MLPS = ("mlp", "moe")  # and of one that is an MLP alone, in families whose layers are halves of others'
 _HALVES = ("nemotron_h",)  # these families
 _TAPS = ("linear_conv_kernel_dim", "mamba_d_conv", "conv_kernel")
@@ -68,7 +67,7 @@ def recurrence_window(config: Any) -> int:
 
 def is_recurrent(config: Any) -> bool:
     """Whether layers have a recurrent state."""
-    return not {LINEAR_ATTENTION, HYBRID}.isdisjoint(getattr(config, "layer_types", None) or ())
+    return not {*RECURRENT}.isdisjoint(getattr(config, "layer_types", None) or ())
 
 
 def is_mlp(config: Any, layer: int) -> bool:

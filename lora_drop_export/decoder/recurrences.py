@@ -246,9 +246,10 @@ def _through_interface(mixer: type[Any]) -> Any:
             decay, convolution = step * -self.A_log.float().exp(), self.conv1d
             call = RecurrenceCall(self, x, decay, step, convolution.weight, convolution.bias, _form(self), self.D)
             mixed = attention_function(self.config._attn_implementation)(call)
-            if isinstance(self.norm, torch.nn.Identity):  # of a Falcon H1 without
+            norm = getattr(self, "norm", None)
+            if norm is None or isinstance(norm, torch.nn.Identity):  # of a Falcon H1 without
                 return self.out_proj(mixed * torch.nn.functional.silu(gate))
-            return self.out_proj(self.norm(mixed, gate))
+            return self.out_proj(norm(mixed, gate))
 
     class OfDeltaRule(mixer):  # type: ignore[misc]
         def forward(self, hidden_states: Any, *_: Any, **__: Any) -> Any:
@@ -293,7 +294,14 @@ def exchange_recurrences(model: Any) -> None:
     for module in model.modules():
         if type(module).__name__.endswith("GatedDeltaNet") or _is_mamba(module) or _is_kimi(module):
             module.config = model.config.get_text_config()
-            form = _form(module)
+            try:
+                form = _form(module)
+            except AttributeError as error:
+                raise ModelError(
+                    "The model's recurrent states have a form that is not known.",
+                    note=f"Model type {module.config.model_type!r:.80}: {error}",
+                    hint="Use a newer transformers.",
+                ) from None
             cut = 2 * form.key_heads * form.key_dim + form.heads * form.value_dim
             grouped = min(form.key_heads, form.heads) > 0 and form.heads % form.key_heads == 0
             if form.channels != cut or not grouped or form.taps < 2 or module.activation != "silu":

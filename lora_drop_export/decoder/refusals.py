@@ -11,7 +11,7 @@ from lora_drop_runtime.errors import ModelError
 from lora_drop_export.checkpoint.experts import TURNED
 from lora_drop_export.checkpoint.foreign import refused
 
-from .context import CONVOLUTION, HYBRID, LINEAR_ATTENTION, is_mlp
+from .context import CONVOLUTION, RECURRENT, is_mlp
 from .gates import gate_of
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -43,7 +43,7 @@ def _features_of_config(config: Any) -> list[tuple[Any, str]]:
     text = config.get_text_config()
     types = getattr(text, "layer_types", None) or ()
     known = [CONVOLUTION] if text.model_type in _SHORT_CONVOLUTIONS else []
-    known += [LINEAR_ATTENTION, HYBRID] if text.model_type in _RECURRENT else []
+    known += RECURRENT if text.model_type in _RECURRENT else ()
     unknown = [t for layer, t in enumerate(types) if t not in known and not is_mlp(text, layer)]
     other = [t for t in unknown if "attention" not in t or any(word in t for word in _OTHER_ATTENTION)]
     alibi = getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False)

@@ -393,7 +393,7 @@ def mamba(module, layer: int, hidden_states: Tensor, **_unused) -> Tensor:
         out.append(c @ S + module.D[head] * own)
     slots.append((position, new, torch.stack(after)))
     out, gate = torch.cat(out)[None, None], gate[None, None]
-    if isinstance(module.norm, torch.nn.Identity):
+    if isinstance(getattr(module, "norm", torch.nn.Identity()), torch.nn.Identity):
         return module.out_proj(out * torch.nn.functional.silu(gate))
     return module.out_proj(module.norm(out, gate))
 
