@@ -275,6 +275,29 @@ def test_rows_join_and_leave(keeps: bool, bundle: Bundle) -> None:
     assert bool(sum(reused)) == keeps
 
 
+@pytest.mark.parametrize("slots", [2, 3, 5])
+def test_prompts_that_begin_alike(slots: int, bundle: Bundle) -> None:
+    """The second one leaves what it has where it parts from the first, and all others go on behind that."""
+    head = list(range(10, 60))
+    prompts = [[*head, *(100 + number, 7, 3)[: 2 + number % 2], 5] for number in range(6)] + [[4, 9], [*head, 9, 9]]
+    alone, found, reused = _alone(bundle, prompts, [6] * 8), dict[int, list[int]](), []
+    with Batch.open(bundle.root, slots=slots, threads=1, keep_prefixes=True) as batch:
+        for prompt in prompts:
+            found[batch.add(prompt, 6, stop_token_ids=())] = []
+            for _ in range(3):
+                for event in batch.tick():
+                    found[event.row] += [] if event.token is None else [event.token]
+                    reused += [(event.row, event.reused)] if event.finished else []
+        while batch.rows:
+            for event in batch.tick():
+                found[event.row] += [] if event.token is None else [event.token]
+                reused += [(event.row, event.reused)] if event.finished else []
+    assert [*found.values()] == alone
+    behind = {row for row, count in reused if count == len(head)}
+    assert 2 in behind
+    assert behind == {2, 3, 4, 5, 7} or (slots < 5 and behind < {2, 3, 4, 5, 7})  # where no slot is free it goes
+
+
 @pytest.mark.parametrize("then", ["cancel", "add", "go on"])
 @pytest.mark.parametrize("count", [*range(1, 120, 5), None])
 def test_rows_go_on_behind_an_interrupt(count: int | None, then: str, bundle: Bundle) -> None:

@@ -31,7 +31,7 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
 from . import checks
 from .constraint import Constraint, forked
 from .flight import FirstState, Flight, why_single_steps
-from .kept_prefixes import PagedPrefixes, common, prefixes_for
+from .kept_prefixes import PagedPrefixes, SlotPrefixes, common, prefixes_for
 from .opening import checked_policy, open_bundle
 from .paged_slots import PagedSlots, prepare_for_several, slots_for
 from .prompts import prompt_rows
@@ -520,10 +520,20 @@ class Batch:
             try:
                 row.advance(found, seconds)
                 if self._most_lora_steps is not None and not row.has_failed:
-                    self._slots.goes_on(self._rows.index(row), row.kept)
+                    self._goes_on(self._rows.index(row))
             except BaseException as error:
                 interrupt = interrupt or error
         return interrupt
+
+    def _goes_on(self, slot: int) -> None:
+        """A row with recurrent states has advanced. Where its prompt parts from another text it leaves them for others:
+        nobody goes on behind fewer tokens than states have."""
+        row = self._rows[slot]
+        self._slots.goes_on(slot, row.kept)
+        if row.kept == row.parts and isinstance(self._prefixes, SlotPrefixes):
+            row.parts = 0
+            if len(row.exact) == row.kept:
+                self._prefixes.leave(slot, row.exact, len(self._rows))
 
     def _settle(self, land: bool = False) -> None:
         """Give rows what the last run has made, and take out those that are over and those that do not wait any more.
@@ -595,7 +605,11 @@ class Batch:
         if self._prefixes is None:
             self._slots.admit(slot, slots, back)
         else:
-            row.begin_behind(self._prefixes.begin(slot, slots, back, row.reusable, self._exact()))
+            exact = self._exact()
+            parts = 0 if self._prefixes.of_all else self._prefixes.parts(row.reusable, exact)
+            begun = self._prefixes.begin(slot, slots, back, row.reusable, exact)
+            row.parts = parts if parts - begun >= _WORTH_WAITING else 0
+            row.begin_behind(begun)
         self._rows.append(row)
         self._waiting.remove(row)
 

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import numpy as np
+
 from lora_drop_runtime.engines.engine import Engine
 
 from .paged_slots import Beginning, PagedSlots
@@ -33,10 +35,12 @@ def common(one: Ids, other: Ids) -> int:
 
 @dataclass(eq=False)
 class Kept(Generic[Place]):
-    """What a row that is over has left: tokens [n], and the place of their K/V."""
+    """What a row has left, mostly at its end: tokens [n], and the place of their K/V; whether it stays for others where
+    one goes on behind all of it."""
 
     tokens: Ids
     place: Place
+    stays: bool = False
 
 
 class Prefixes(ABC, Generic[Place]):
@@ -64,6 +68,10 @@ class Prefixes(ABC, Generic[Place]):
             if same and same >= count and self._see_enough(place, same):
                 count, source = same, place
         return count, source
+
+    def parts(self, tokens: Ids, running: Sequence[Ids]) -> int:
+        """With how many of these tokens some row begins, at most, whether or not another may go on behind them."""
+        return max([common(one, tokens) for one in (*running, *(kept.tokens for kept in self._kept))], default=0)
 
     @abstractmethod
     def _see_enough(self, place: int | Kept[Place], count: int) -> bool:
@@ -236,7 +244,7 @@ class SlotPrefixes(Prefixes[int]):
         there = next((one for one in self._kept if one.place == slot), None)
         if isinstance(source, Kept):
             self._used(source)
-            if count == len(source.tokens):  # the row has all of it
+            if count == len(source.tokens) and not source.stays:  # the row has all of it
                 self._drop(source)
                 if there not in (None, source):
                     self._exchange(there, source)
@@ -254,6 +262,21 @@ class SlotPrefixes(Prefixes[int]):
         elif place != slot:
             self._slots.copy(self._slots, place, slot, count, count)
         return count
+
+    def leave(self, slot: int, tokens: Ids, rows: int) -> None:
+        """Let a row that runs leave a copy of its entries, which are of these tokens, where a slot is free.
+
+        Args:
+            rows: so many are in the first slots.
+        """
+        again = next((one for one in self._kept if np.array_equal(one.tokens, tokens)), None)
+        if again is not None:
+            again.stays = True
+            return
+        place = self._free(range(rows, self._count), None)
+        if place is not None:
+            self._slots.copy(self._slots, slot, place, len(tokens), len(tokens))
+            self._kept = [*self._kept, Kept(tokens, place, stays=True)]
 
     def _exchange(self, there: Kept[int], source: Kept[int]) -> None:
         """Let two change places, the second of which is a row's from now on. An interrupt loses both."""

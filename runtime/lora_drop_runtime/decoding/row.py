@@ -118,6 +118,7 @@ class Row:
         run: what it wants to run; None once it is over.
         kept, dropped: valid slots of its caches.
         reused: tokens of its prompt that were not run.
+        parts: those of its prompt behind which another text goes on otherwise, and a run of it ends; 0 for none.
         waited: ticks since its last run.
         patience: ticks that it waits at most.
         is_new: whether its prompt is not done.
@@ -139,7 +140,7 @@ class Row:
     ) -> None:
         self.number, self.options, self._tell = number, options, tell
         self.why_single_steps = why_single_steps
-        self.kept = self.dropped = self.waited = self.reused = 0
+        self.kept = self.dropped = self.waited = self.reused = self.parts = 0
         self._ids = prompt[: options.context].copy()  # as an array, which is compared with others in every tick
         self._prompt: list[int] = self._ids.tolist()
         self._text = list(self._prompt)  # and what was chosen behind it
@@ -281,6 +282,8 @@ class Row:
         while self.kept < len(self._prompt):
             left = len(self._prompt) - self.kept
             count = min(self._chunk, left)
+            if self.kept < self.parts:
+                count = min(count, self.parts - self.kept)
             if 1 < count == left - 1:  # the last token does not run alone: see `reusable`
                 count -= 1
             if each:
