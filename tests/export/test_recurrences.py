@@ -275,6 +275,24 @@ def test_rows_join_and_leave(keeps: bool, bundle: Bundle) -> None:
     assert bool(sum(reused)) == keeps
 
 
+def test_prompts_that_come_together(bundle: Bundle) -> None:
+    """The first runs what all have in common, and the others wait for it."""
+    head = list(range(10, 60))
+    prompts = [[*head, 7, 3, 8], [*head, 7, 3, 8], [5], [*head, 9, 9]]
+    alone, found, reused = _alone(bundle, prompts, [6] * 4), dict[int, list[int]](), dict[int, int]()
+    with Batch.open(bundle.root, slots=4, threads=1, keep_prefixes=True) as batch:
+        for prompt in prompts:
+            found[batch.add(prompt, 6, stop_token_ids=())] = []
+        assert batch.waiting == 2
+        while batch.rows:
+            for event in batch.tick():
+                found[event.row] += [] if event.token is None else [event.token]
+                if event.finished:
+                    reused[event.row] = event.reused
+    assert [*found.values()] == alone
+    assert [reused[row] for row in range(4)] == [0, 50, 0, 50]
+
+
 @pytest.mark.parametrize("slots", [2, 3, 5])
 def test_prompts_that_begin_alike(slots: int, bundle: Bundle) -> None:
     """The second one leaves what it has where it parts from the first, and all others go on behind that."""

@@ -582,17 +582,33 @@ class Batch:
         running the beginning."""
         if len(self._rows) == self._count or not self._waiting:
             return None
-        waiting = list(self._waiting)  # at once: `add` comes from any thread
-        row = next((row for row in waiting if not self._is_being_run(row)), None)
-        return row if row is not None and self._have_room([row]) else None
+        for row in list(self._waiting):  # at once: `add` comes from any thread
+            if not self._is_being_run(row):
+                return row if self._have_room([row]) else None
+            if self._prefixes is not None and not self._prefixes.of_all:
+                soon, there = max(
+                    ((self._soon(one, row.reusable), one) for one in self._rows), key=lambda pair: pair[0]
+                )
+                there.part(soon)
+        return None
+
+    def _soon(self, one: Row, tokens: Ids) -> int:
+        """How many of these tokens of a prompt one may go on behind once another row's is done; or, with recurrent
+        states, once that has run as many, where it can leave them: at one place, little before where others want it."""
+        assert self._prefixes is not None
+        same = common(one.will_run, tokens)
+        if self._prefixes.of_all:
+            return same
+        soon = min(same, one.parts or same)
+        return soon if soon > max(one.kept, one.parts - _WORTH_WAITING) else 0
 
     def _is_being_run(self, row: Row, begin: Sequence[Row] = ()) -> bool:
         """Whether a row's prompt will soon have more entries to begin with than now, by the rows that run and by others
         that begin."""
-        if self._prefixes is None or not self._prefixes.of_all:
+        if self._prefixes is None:
             return False
         tokens = row.reusable
-        soon = max([common(one.will_run, tokens) for one in [*self._rows, *begin] if one.is_new], default=0)
+        soon = max([self._soon(one, tokens) for one in [*self._rows, *begin] if one.is_new], default=0)
         if soon < _WORTH_WAITING:
             return False
         return soon - self._prefixes.longest(tokens, self._exact())[0] >= _WORTH_WAITING

@@ -191,6 +191,13 @@ class Row:
         self._runs = self._steps()
         self.run = next(self._runs)
 
+    def part(self, tokens: int) -> None:
+        """Before its next run: let a run of its prompt end behind so many tokens, more than have run."""
+        if self.parts != tokens:
+            self.parts = tokens
+            self._runs = self._steps()
+            self.run = next(self._runs)
+
     def forget_exact(self) -> None:
         """Its caches are another's now."""
         self._exact = 0
