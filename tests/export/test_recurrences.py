@@ -492,6 +492,9 @@ def test_most_lora_steps(bundle: Bundle) -> None:
             session.step(np.array([5]))
         with pytest.raises(InputError, match="Too many LoRA steps follow each other"):
             session.step(np.array([5]))
+        with pytest.raises(InputError, match="Too many LoRA steps follow each other"):
+            next(session.stream([7, 3], MOST_PENDING + 2))
+        assert len(session.generate([[7, 3]], MOST_PENDING + 1, stop_token_ids=())[0]) == MOST_PENDING + 1
         session.prefill(np.array([[7, 3]]), k=MOST_PENDING)
         for _ in range(2 * MOST_PENDING):
             session.step(np.array([5]))

@@ -27,10 +27,11 @@ import numpy.typing as npt
 
 from lora_drop_runtime.bundle.adapters import folded, read_adapters
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.graph_io import MOST_PENDING
 from lora_drop_runtime.engines.engine import Array, Engine
 from lora_drop_runtime.errors import BundleError, DraftsDoNotPay, InputError, whole_number
 from lora_drop_runtime.plan.drafting import DraftSource, VerifiedSchedule, draft_source, scheduled
-from lora_drop_runtime.plan.schedule import Schedule, StepKind, periodic_like
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind, periodic_like
 
 from . import checks
 from .constraint import Constraint
@@ -274,6 +275,8 @@ class Session:
         max_new_tokens = whole_number("The number of new tokens", max_new_tokens, "Use for example max_new_tokens=64.")
         source = self._source if draft is None else self._draft_source(draft)
         schedule = self.schedule if k is None else scheduled(k, self._policy)
+        if isinstance(schedule, PeriodicSchedule) and manifest.model.recurrent_layers:
+            checks.check_lora_steps(min(schedule.k, max_new_tokens - 1), MOST_PENDING)
         try:
             if isinstance(schedule, VerifiedSchedule) and schedule.drafts != 0:
                 self._begin(ids, lengths, max_new_tokens, k, reuse_prefix)
