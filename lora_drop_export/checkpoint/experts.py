@@ -7,8 +7,8 @@
                     `experts.down_proj.rows` [E·d, I]; where the gate is GELU `experts.gate_up_proj.apart` [2E·I, d],
                     the gates of all experts and then their ups
 
-Of experts without a gate a checkpoint has ups alone, and transformers `experts.up_proj` [E, I, d]: they are the gates,
-too (decoder/experts.py).
+Of experts without a gate, in the families `UNGATED`, a checkpoint has ups alone, and transformers `experts.up_proj`
+[E, I, d]: they are the gates, too (decoder/experts.py).
 
 Enters: the tensors of a checkpoint. Leaves: sources of the other two forms, read a few rows at a time.
 """
@@ -36,7 +36,7 @@ from .checkpoint import Checkpoint, TensorSource
 from .foreign import CHECKPOINT_HINT
 
 ROWS, APART = ".rows", ".apart"  # end a name of the bundle's form
-TURNED = ("gpt_oss",)
+TURNED, UNGATED = ("gpt_oss",), ("nemotron_h",)
 _Arrays = tuple[npt.NDArray[Any], ...]
 GATE_UP, UP, DOWN = "gate_up_proj", "up_proj", "down_proj"  # the parameters of a module of experts
 
@@ -355,6 +355,13 @@ def _check_shapes(parts: tuple[tuple[TensorSource, ...], ...]) -> None:
         )
 
 
+def stored_name(checkpoint: Checkpoint, name: str) -> str:
+    """What transformers calls what a parameter of experts is read from: ups alone where there are no gates."""
+    plain = _plain(name)
+    ungated = checkpoint.config.model_type in UNGATED and plain.endswith(f".{GATE_UP}")
+    return f"{plain.removesuffix(GATE_UP)}{UP}" if ungated else plain
+
+
 def find_experts(checkpoint: Checkpoint, name: str, experts: int | None) -> TensorSource | None:
     """The tensor of experts that a parameter's name asks for, in the form that it asks for; None where it is none.
 
@@ -370,7 +377,7 @@ def find_experts(checkpoint: Checkpoint, name: str, experts: int | None) -> Tens
     turned = checkpoint.config.model_type in TURNED
     if name == plain and stored is not None and experts and stored.shape[0] % experts == 0:
         return ExpertStack(name, stored, experts, turned)
-    ups = f"{plain.removesuffix(GATE_UP)}{UP}" if plain.endswith(f".{GATE_UP}") else plain
+    ups = stored_name(checkpoint, name)
     if plain in checkpoint.joined or ups in checkpoint.joined:
         parts = tuple(tuple(tensors[n] for n in expert) for expert in checkpoint.joined.get(plain, ()))
         parts = parts or tuple((tensors[n], tensors[n]) for (n,) in checkpoint.joined[ups])

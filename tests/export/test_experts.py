@@ -317,9 +317,16 @@ def _none_there(tensors, prefix):
     del tensors[f"{prefix}.3.up_proj.weight"]
 
 
+def _apart(tensors, prefix):
+    for part in ("gate", "up"):
+        matrices = [tensors.pop(f"{prefix}.{number}.{part}_proj.weight") for number in range(6)]
+        tensors[f"{prefix}.{part}_proj"] = np.stack(matrices)
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "note"),
     [
+        (_apart, "does not hold the model", "experts.gate_up_proj (6, 64, 64) is missing"),
         (_none_there, "does not hold the model", "64) model.layers.1.mlp.experts.3.up_proj.weight is missing."),
         (_other_rows, "not matrices of one shape", "3.gate_proj.weight is (48, 64), and"),
         (_other_columns, "not matrices of one shape", "3.up_proj.weight is (32, 48), and"),

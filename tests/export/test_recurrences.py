@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,11 +22,13 @@ from lora_drop_runtime.decoding.slots import Run, _RecurrentStates
 from lora_drop_runtime.errors import InputError, ModelError
 from lora_drop_runtime.plan.schedule import LastLogits, StepKind
 from lora_drop_tools.inspect import describe
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from lora_drop_export.check.verify import compare
 from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.decoder.recurrences import exchange_recurrences
+from lora_drop_export.decoder.trace import trace
 from tests.export.test_against_oracle import PROMPTS, assert_same_run
 from tests.runtime.decoding.test_batch import interrupted
 from tests.support import oracle
@@ -211,6 +214,17 @@ def test_a_form_that_is_not_known() -> None:
     del model.model.layers[0].linear_attn.conv1d
     with pytest.raises(ModelError, match="have a form that is not known"):
         exchange_recurrences(model)
+
+
+def test_a_missing_expert_without_a_gate(tmp_path: Path) -> None:
+    nemotron_h_moe().save_pretrained(tmp_path / "model")
+    file, name = tmp_path / "model" / "model.safetensors", "backbone.layers.1.mixer.experts.2.up_proj.weight"
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file)
+    checkpoint = open_checkpoint(str(tmp_path / "model"), tmp_path / "scratch", trust_remote_code=False, log=print)
+    with pytest.raises(ModelError, match=rf"Of parameter .*gate_up_proj \(8, 96, 32\) {re.escape(name)} is missing"):
+        trace(checkpoint, "float32")
 
 
 @pytest.mark.parametrize("policy", ["fill", "skip"])
