@@ -18,6 +18,8 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule
 from tests.support.decoding import LORA, PLAN, PLANS, RAGGED, REFRESH, assert_refused, continued, padded, slots
 from tests.support.fake_engine import FakeEngine, Run, make_manifest, open_session
 
+from .test_batch import interrupted
+
 NOTHING_DROPPED = PLANS["nothing dropped"]
 
 
@@ -236,6 +238,15 @@ def test_an_interrupt_anywhere_leaves_lengths_that_the_request_can_go_on_from(pl
         tokens.append(int(session.step([tokens[-1]])[0].argmax()))
     assert tokens == continued([5, 6, 7], 20)
     assert slots(request.caches["past_key.3"], 0, 22) == [5, 6, 7, *tokens[:-1]]
+
+
+@pytest.mark.parametrize("count", range(1, 500, 9))
+def test_another_request_begins_behind_an_interrupt(count: int) -> None:
+    """Also where a refresh was to give more logits than any before it."""
+    session = lossless(Drafter(), 3)
+    with interrupted(count, "slots.py"):
+        session.generate([[5, 6, 7]], 20, stop_token_ids=())
+    assert session.generate([[8, 9]], 9, stop_token_ids=())[0].tolist() == continued([8, 9], 9)
 
 
 def test_single_steps_are_the_full_schedule() -> None:
