@@ -44,13 +44,24 @@ class JoinedRows:
         return self.read()[begin:end]  # a few kilobytes
 
 
+def _parts_of(checkpoint: Checkpoint, name: str) -> dict[str, TensorSource | None]:
+    """The parts in which checkpoints may have a parameter, as far as this one has them; none of another parameter."""
+    apart = [
+        f"{name.removesuffix(whole)}{part}" for whole in _PARTS if name.endswith(f".{whole}") for part in _PARTS[whole]
+    ]
+    return {part: checkpoint.tensors.get(checkpoint.renamed.get(part, part)) for part in apart}
+
+
 def find_joined(checkpoint: Checkpoint, name: str) -> TensorSource | None:
     """The tensor of a parameter that the checkpoint has in parts; None where it has not all of them, in one form."""
-    for whole, names in _PARTS.items():
-        if name.endswith(f".{whole}"):
-            apart = [f"{name.removesuffix(whole)}{part}" for part in names]
-            found = [checkpoint.tensors.get(checkpoint.renamed.get(part, part)) for part in apart]
-            parts = tuple(part for part in found if part is not None and part.shape)
-            alike = len({(part.dtype, part.shape[1:]) for part in parts}) == 1
-            return JoinedRows(name, parts) if alike and len(parts) == len(names) else None
-    return None
+    found = _parts_of(checkpoint, name)
+    parts = tuple(part for part in found.values() if part is not None and part.shape)
+    alike = len({(part.dtype, part.shape[1:]) for part in parts}) == 1
+    return JoinedRows(name, parts) if alike and len(parts) == len(found) else None
+
+
+def missing_of_joined(checkpoint: Checkpoint, name: str) -> list[str]:
+    """The parts that the checkpoint lacks of a parameter of which it has others."""
+    found = _parts_of(checkpoint, name)
+    lacking = [part for part, tensor in found.items() if tensor is None]
+    return lacking if len(lacking) < len(found) else []

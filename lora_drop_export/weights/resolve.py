@@ -10,7 +10,7 @@ from lora_drop_runtime.errors import ModelError
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.experts import find_experts, made_of, stored_name
 from lora_drop_export.checkpoint.foreign import CHECKPOINT_HINT
-from lora_drop_export.checkpoint.joined import JoinedRows, find_joined
+from lora_drop_export.checkpoint.joined import JoinedRows, find_joined, missing_of_joined
 from lora_drop_export.checkpoint.renamed import missing_of_experts
 from lora_drop_export.checkpoint.text_part import own_names
 
@@ -50,6 +50,7 @@ def _unfit(
         names = {*own, *checkpoint.tensors} - set(own.values())
         stored = [stored_name(checkpoint, each) for each in _spellings(name)]
         lacking = [one for each in stored for one in missing_of_experts(names, checkpoint.config, each)]
+        lacking += [one for each in _spellings(name) for one in missing_of_joined(checkpoint, each)]
         known = {checkpoint.renamed.get(one, one) for each in shapes for one in _spellings(each)}
         modules = {one.rsplit(".", 2)[0] for one in _spellings(name) if one.count(".") > 1}
         beside = sorted(one for one in checkpoint.tensors if one not in known and one.rsplit(".", 2)[0] in modules)

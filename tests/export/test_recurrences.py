@@ -227,6 +227,17 @@ def test_a_missing_expert_without_a_gate(tmp_path: Path) -> None:
         trace(checkpoint, "float32")
 
 
+def test_a_missing_part_of_a_convolution(tmp_path: Path) -> None:
+    kimi_linear().save_pretrained(tmp_path / "model")
+    file, name = tmp_path / "model" / "model.safetensors", "model.layers.0.self_attn.k_conv1d.weight"
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file)
+    checkpoint = open_checkpoint(str(tmp_path / "model"), tmp_path / "scratch", trust_remote_code=False, log=print)
+    with pytest.raises(ModelError, match=rf"Of parameter .*conv1d.weight \(192, 1, 4\) {re.escape(name)} is missing"):
+        trace(checkpoint, "float32")
+
+
 @pytest.mark.parametrize("policy", ["fill", "skip"])
 def test_mamba(policy: str, tmp_path: Path) -> None:
     """In integers as well: the one product that makes all of its inputs is rounded, too."""

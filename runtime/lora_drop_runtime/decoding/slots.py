@@ -319,7 +319,9 @@ class Slots:
 
     def logits(self) -> Logits:
         """float32 [b, R, V] of the latest run, valid until the next: of rows that ran the first of R that they want."""
-        return self._engine.read(self._output(self._wanted)[0]) if self._parts is None else self._parts
+        if self._wanted not in self._outputs:  # an interrupt has ended a run before its first call
+            self._output(self._wanted)
+        return self._engine.read(self._outputs[self._wanted][0]) if self._parts is None else self._parts
 
     def chosen(self) -> Ids:
         """int64 [b]: what the engine chose in the latest run, where it chooses and one token a row was wanted."""
