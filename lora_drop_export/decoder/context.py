@@ -71,8 +71,10 @@ def is_recurrent(config: Any) -> bool:
 
 
 def is_mlp(config: Any, layer: int) -> bool:
-    """Whether a layer mixes no tokens: in families whose layers are halves of others' the types say so."""
-    return config.model_type in _HALVES and config.layer_types[layer] in MLPS
+    """Whether a layer mixes no tokens: in families whose layers are halves of others' the types say so, but for configs
+    of a checkpoint's own code."""
+    types = getattr(config, "layer_types", None) or ()
+    return config.model_type in _HALVES and layer < len(types) and types[layer] in MLPS
 
 
 def window_within(config: Any, size: int | None) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -27,6 +28,7 @@ from transformers import PreTrainedModel
 
 from lora_drop_export.check.verify import compare
 from lora_drop_export.checkpoint.open import open_checkpoint
+from lora_drop_export.decoder.context import is_mlp
 from lora_drop_export.decoder.recurrences import exchange_recurrences
 from lora_drop_export.decoder.trace import trace
 from tests.export.test_against_oracle import PROMPTS, assert_same_run
@@ -206,6 +208,12 @@ def test_experts_without_a_gate(tmp_path: Path) -> None:
     other.mlp_hidden_act = "gelu"
     with pytest.raises(ModelError, match="experts without a gate"):
         traced_model(transformers.NemotronHForCausalLM(other))
+
+
+def test_layers_of_a_config_that_does_not_say_them() -> None:
+    """As that of a Nemotron H with code of its own."""
+    assert [is_mlp(nemotron_h().config, layer) for layer in range(3)] == [False, True, False]
+    assert not is_mlp(SimpleNamespace(model_type="nemotron_h"), 1)
 
 
 def test_a_form_that_is_not_known() -> None:
