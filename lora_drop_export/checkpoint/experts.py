@@ -377,17 +377,16 @@ def find_experts(checkpoint: Checkpoint, name: str, experts: int | None) -> Tens
     turned = checkpoint.config.model_type in TURNED
     if name == plain and stored is not None and experts and stored.shape[0] % experts == 0:
         return ExpertStack(name, stored, experts, turned)
-    ups = stored_name(checkpoint, name)
-    if plain in checkpoint.joined or ups in checkpoint.joined:
-        parts = tuple(tuple(tensors[n] for n in expert) for expert in checkpoint.joined.get(plain, ()))
-        parts = parts or tuple((tensors[n], tensors[n]) for (n,) in checkpoint.joined[ups])
+    there, rows_name = stored_name(checkpoint, name), name if name != plain else f"{plain}{ROWS}"
+    times = 1 if there == plain else 2  # ups are the gates, too
+    if there in checkpoint.joined:
+        parts = tuple(tuple(tensors[n] for n in expert) * times for expert in checkpoint.joined[there])
         _check_shapes(parts)
-        rows = _rows_of(name if name != plain else f"{plain}{ROWS}", parts)
-        return rows if name != plain else ExpertStack(name, rows, len(parts), turned)
-    whole, only = (tensors.get(checkpoint.renamed.get(one, one)) for one in (plain, ups))
-    if whole is None and ups != plain and only is not None and len(only.shape) == 3:
-        rows = ExpertRows(f"{plain}{ROWS}", tuple(part * 2 for part in _cut(only, 1, turned)))
-        return rows if name != plain else ExpertStack(name, rows, only.shape[0], turned)
-    if name == plain or whole is None or len(whole.shape) != 3:
-        return None
-    return ExpertRows(name, _grouped(name, _cut(whole, _turns(name), turned)))
+        rows = _rows_of(rows_name, parts)
+    else:
+        whole = tensors.get(checkpoint.renamed.get(there, there))
+        if name == there or whole is None or len(whole.shape) != 3:
+            return None
+        parts = tuple(part * times for part in _cut(whole, _turns(there), turned))
+        rows = ExpertRows(rows_name, _grouped(rows_name, parts))
+    return rows if name != plain else ExpertStack(name, rows, len(parts), turned)

@@ -62,22 +62,16 @@ def between_halves(layer: Any) -> Any:
 
 
 @functools.cache
-def _returned(layer: Any) -> int | None:
-    """How many values the forward of a class of layers gives, as its last line says; None for one that is no tuple."""
+def _values_beside(layer: Any) -> int | None:
+    """How many values the forward of a class of layers gives beside the hidden states, as its last line says; None
+    where it gives those alone, in no tuple."""
     try:
         code = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(layer.forward))))
     except (OSError, TypeError, SyntaxError):  # no file has it, or not as a function of its own
         return None
     last = code.body[0].body[-1] if isinstance(code.body[0], ast.FunctionDef) else None
     given = last.value if isinstance(last, ast.Return) else None
-    return len(given.elts) if isinstance(given, ast.Tuple) else None
-
-
-def _values_beside(layer: Any) -> int | None:
-    """How many values a layer gives beside the hidden states; None where it gives those alone, in no tuple."""
-    kind: Any = type(layer)
-    count = _returned(kind)
-    return None if count is None else count - 1
+    return len(given.elts) - 1 if isinstance(given, ast.Tuple) else None
 
 
 class Recorder:
@@ -91,8 +85,9 @@ class Recorder:
         self.inputs: list[Any] = []
         self.arguments: list[tuple[Any, Any]] = []
         for index, layer in enumerate(layers):
+            kind: Any = type(layer)
             final = result if index == len(layers) - 1 else None
-            layer.forward = self._stand_in(final, _values_beside(layer))
+            layer.forward = self._stand_in(final, _values_beside(kind))
 
     def _stand_in(self, result: Any, beside: int | None) -> Callable[..., Any]:
         def forward(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:

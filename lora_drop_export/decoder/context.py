@@ -11,7 +11,7 @@ _ORIGINAL = "original_max_position_embeddings"
 _UNKNOWN = 2048
 CONVOLUTION = "conv"  # type of a layer with a short convolution, in `layer_types`
 RECURRENT = ("linear_attention", "mamba", "hybrid")  # the same of those with a recurrent state
-MLPS = ("mlp", "moe")  # and of one that is an MLP alone, in families whose layers are halves of others'
+_MLPS = ("mlp", "moe")  # and of one that is an MLP alone, in families whose layers are halves of others'
 _HALVES = ("nemotron_h",)  # these families
 _TAPS = ("linear_conv_kernel_dim", "mamba_d_conv", "conv_kernel")
 _MOST = 2**63 - 1  # of a manifest
@@ -74,7 +74,7 @@ def is_mlp(config: Any, layer: int) -> bool:
     """Whether a layer mixes no tokens: in families whose layers are halves of others' the types say so, but for configs
     of a checkpoint's own code."""
     types = getattr(config, "layer_types", None) or ()
-    return config.model_type in _HALVES and layer < len(types) and types[layer] in MLPS
+    return config.model_type in _HALVES and layer < len(types) and types[layer] in _MLPS
 
 
 def window_within(config: Any, size: int | None) -> int:

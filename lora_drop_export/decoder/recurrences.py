@@ -202,19 +202,28 @@ def _form(mixer: Any) -> Recurrence:
     return Recurrence(channels, taps, *heads, mixer.head_k_dim, mixer.head_v_dim, 1, GATED_DELTA)
 
 
+def _decay(mixer: Any, a: Any) -> Any:
+    """g [B, S, H] of what a product gives."""
+    import torch
+
+    return -mixer.A_log.float().exp() * torch.nn.functional.softplus(a.float() + mixer.dt_bias)
+
+
 def _projected(mixer: Any, hidden: Any) -> tuple[Any, Any, Any, Any]:
-    """x [B, S, W], the gate of the output, and what becomes β and g [B, S, H]; whatever the family calls them."""
+    """x [B, S, W], the gate of the output, what becomes β [B, S, H], and g; whatever the family calls them."""
     import torch
 
     if hasattr(mixer, "in_proj_qkvz"):  # Qwen3-Next
         *parts, gate, b, a = mixer.fix_query_key_value_ordering(mixer.in_proj_qkvz(hidden), mixer.in_proj_ba(hidden))
-        return torch.cat([part.flatten(2) for part in parts], dim=2), gate, b, a
+        return torch.cat([part.flatten(2) for part in parts], dim=2), gate, b, _decay(mixer, a)
     if hasattr(mixer, "in_proj_qkv"):  # Qwen3.5
-        return (
-            mixer.in_proj_qkv(hidden), mixer.in_proj_z(hidden), mixer.in_proj_b(hidden), mixer.in_proj_a(hidden)
-        )  # fmt: skip
-    x = torch.cat([project(hidden) for project in (mixer.q_proj, mixer.k_proj, mixer.v_proj)], dim=2)  # OLMo hybrid
-    return x, mixer.g_proj(hidden), mixer.b_proj(hidden), mixer.a_proj(hidden)
+        decay = _decay(mixer, mixer.in_proj_a(hidden))
+        return mixer.in_proj_qkv(hidden), mixer.in_proj_z(hidden), mixer.in_proj_b(hidden), decay
+    x = torch.cat([project(hidden) for project in (mixer.q_proj, mixer.k_proj, mixer.v_proj)], dim=2)
+    gate = mixer.g_proj(hidden) if hasattr(mixer, "g_proj") else mixer.g_b_proj(mixer.g_a_proj(hidden))
+    if hasattr(mixer, "forget_gate"):  # Kimi Linear
+        return x, gate, mixer.b_proj(hidden), mixer.forget_gate(hidden).flatten(2)
+    return x, gate, mixer.b_proj(hidden), _decay(mixer, mixer.a_proj(hidden))  # OLMo hybrid
 
 
 def _scaled(mixer: Any, hidden: Any) -> Any:
@@ -253,34 +262,15 @@ def _through_interface(mixer: type[Any]) -> Any:
 
     class OfDeltaRule(mixer):  # type: ignore[misc]
         def forward(self, hidden_states: Any, *_: Any, **__: Any) -> Any:
-            import torch
-
-            x, gate, b, a = _projected(self, hidden_states)
-            beta = b.sigmoid() * (2.0 if getattr(self, "allow_neg_eigval", False) else 1.0)
-            decay = -self.A_log.float().exp() * torch.nn.functional.softplus(a.float() + self.dt_bias)
-            call = RecurrenceCall(self, x, decay, beta, self.conv1d.weight, self.conv1d.bias, _form(self))
+            x, gate, b, decay = _projected(self, hidden_states)
+            beta, form = b.sigmoid() * (2.0 if getattr(self, "allow_neg_eigval", False) else 1.0), _form(self)
+            call = RecurrenceCall(self, x, decay, beta, self.conv1d.weight, self.conv1d.bias, form)
             mixed = attention_function(self.config._attn_implementation)(call)
-            heads = (*mixed.shape[:2], self.num_v_heads, self.head_v_dim)
+            heads = (*mixed.shape[:2], form.heads, form.value_dim)
             norm, project = (self.norm, self.out_proj) if hasattr(self, "out_proj") else (self.o_norm, self.o_proj)
             return project(norm(mixed.reshape(heads), gate.reshape(heads)).flatten(2))
 
-    class OfKimi(mixer):  # type: ignore[misc]
-        def forward(self, hidden_states: Any, *_: Any, **__: Any) -> Any:
-            import torch
-
-            projects = self.q_proj, self.k_proj, self.v_proj
-            x = torch.cat([project(hidden_states) for project in projects], dim=2)
-            decay, beta = self.forget_gate(hidden_states).flatten(2), self.b_proj(hidden_states).sigmoid()
-            call = RecurrenceCall(self, x, decay, beta, self.conv1d.weight, self.conv1d.bias, _form(self))
-            mixed = attention_function(self.config._attn_implementation)(call)
-            heads = (*mixed.shape[:2], self.num_heads, self.head_dim)
-            gates = (self.g_proj,) if hasattr(self, "g_proj") else (self.g_a_proj, self.g_b_proj)
-            gate = functools.reduce(lambda value, project: project(value), gates, hidden_states)
-            return self.o_proj(self.o_norm(mixed.reshape(heads), gate.reshape(heads)).flatten(2))
-
     through: Any = OfMamba if mixer.__name__ in _MAMBA else OfDeltaRule
-    if mixer.__name__.endswith("DeltaAttention"):
-        through = OfKimi
     through.__name__ = mixer.__name__  # by which other parts know what it is
     return through
 

@@ -224,25 +224,22 @@ def test_a_form_that_is_not_known() -> None:
         exchange_recurrences(model)
 
 
-def test_a_missing_expert_without_a_gate(tmp_path: Path) -> None:
-    nemotron_h_moe().save_pretrained(tmp_path / "model")
-    file, name = tmp_path / "model" / "model.safetensors", "backbone.layers.1.mixer.experts.2.up_proj.weight"
+@pytest.mark.parametrize(
+    ("make", "name", "parameter"),
+    [
+        (nemotron_h_moe, "backbone.layers.1.mixer.experts.2.up_proj.weight", r"gate_up_proj \(8, 96, 32\)"),
+        (kimi_linear, "model.layers.0.self_attn.k_conv1d.weight", r"conv1d.weight \(192, 1, 4\)"),
+    ],
+)
+def test_a_missing_part_of_a_parameter(make: Any, name: str, parameter: str, tmp_path: Path) -> None:
+    """Of experts without a gate, and of a convolution."""
+    make().save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)
     del tensors[name]
     save_file(tensors, file)
     checkpoint = open_checkpoint(str(tmp_path / "model"), tmp_path / "scratch", trust_remote_code=False, log=print)
-    with pytest.raises(ModelError, match=rf"Of parameter .*gate_up_proj \(8, 96, 32\) {re.escape(name)} is missing"):
-        trace(checkpoint, "float32")
-
-
-def test_a_missing_part_of_a_convolution(tmp_path: Path) -> None:
-    kimi_linear().save_pretrained(tmp_path / "model")
-    file, name = tmp_path / "model" / "model.safetensors", "model.layers.0.self_attn.k_conv1d.weight"
-    tensors = load_file(file)
-    del tensors[name]
-    save_file(tensors, file)
-    checkpoint = open_checkpoint(str(tmp_path / "model"), tmp_path / "scratch", trust_remote_code=False, log=print)
-    with pytest.raises(ModelError, match=rf"Of parameter .*conv1d.weight \(192, 1, 4\) {re.escape(name)} is missing"):
+    with pytest.raises(ModelError, match=rf"Of parameter .*{parameter} {re.escape(name)} is missing"):
         trace(checkpoint, "float32")
 
 

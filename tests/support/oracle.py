@@ -303,6 +303,13 @@ def convolution(module, hidden_states: Tensor, **_unused) -> Tensor:
     return module.out_proj(own_gate * mixed)[None, None]
 
 
+def convolved(module, slots: list[tuple[int, Tensor, Tensor]], new: Tensor) -> Tensor:
+    """silu of what the convolution before a state makes of a new input `[W]` and of those in the last slots."""
+    taps, inputs = module.conv1d.weight[:, 0], [x for _, x, _ in slots] + [new]
+    mixed = sum(taps[:, -n] * x for n, x in enumerate(inputs[: -taps.shape[1] - 1 : -1], start=1))
+    return torch.nn.functional.silu(mixed if module.conv1d.bias is None else mixed + module.conv1d.bias)
+
+
 def delta_rule(module, layer: int, hidden_states: Tensor, **_unused) -> Tensor:
     """A gated delta rule (arXiv:2412.06464, Eq. 10) of a new token `[1, 1, d]`, from the state after the last slot."""
     if not running.attends:
@@ -319,10 +326,7 @@ def delta_rule(module, layer: int, hidden_states: Tensor, **_unused) -> Tensor:
         new = torch.cat([project(hidden_states)[0, 0] for project in (module.q_proj, module.k_proj, module.v_proj)])
         gate, b, a = (project(hidden_states) for project in (module.g_proj, module.b_proj, module.a_proj))
     slots, position = running.states[layer], running.position
-    taps = module.conv1d.weight[:, 0]
-    inputs = [x for _, x, _ in slots[len(slots) - (taps.shape[1] - 1) if len(slots) >= taps.shape[1] else 0 :]] + [new]
-    mixed = sum(taps[:, -n] * x for n, x in enumerate(reversed(inputs), start=1))
-    mixed = torch.nn.functional.silu(mixed)
+    mixed = convolved(module, slots, new)
     query, key = (part.reshape(key_heads, key_dim) for part in mixed[: 2 * key_heads * key_dim].chunk(2))
     value = mixed[2 * key_heads * key_dim :].reshape(heads, dim)
     query, key = (x / torch.sqrt((x**2).sum(-1, keepdim=True) + 1e-6) for x in (query, key))
@@ -350,9 +354,7 @@ def kimi_rule(module, layer: int, hidden_states: Tensor, **_unused) -> Tensor:
     heads, dim = module.num_heads, module.head_dim
     new = torch.cat([project(hidden_states)[0, 0] for project in (module.q_proj, module.k_proj, module.v_proj)])
     slots, position = running.states[layer], running.position
-    taps, inputs = module.conv1d.weight[:, 0], [x for _, x, _ in slots] + [new]
-    mixed = sum(taps[:, -n] * x for n, x in enumerate(inputs[: -taps.shape[1] - 1 : -1], start=1))
-    query, key, value = torch.nn.functional.silu(mixed).reshape(3, heads, dim)
+    query, key, value = convolved(module, slots, new).reshape(3, heads, dim)
     decay, strength = (
         module.forget_gate(hidden_states).exp().reshape(heads, dim),
         module.b_proj(hidden_states).sigmoid(),
@@ -381,9 +383,7 @@ def mamba(module, layer: int, hidden_states: Tensor, **_unused) -> Tensor:
         given = given * module.mup_vector[0, 0]
     gate, new, step = given.split([heads * dim, module.conv_dim, heads])
     slots, position = running.states[layer], running.position
-    taps, inputs = module.conv1d.weight[:, 0], [x for _, x, _ in slots] + [new]
-    mixed = module.conv1d.bias + sum(taps[:, -n] * x for n, x in enumerate(inputs[: -taps.shape[1] - 1 : -1], start=1))
-    x, B, C = torch.nn.functional.silu(mixed).split([heads * dim, groups * size, groups * size])
+    x, B, C = convolved(module, slots, new).split([heads * dim, groups * size, groups * size])
     step, rate = torch.nn.functional.softplus(step + module.dt_bias), -torch.exp(module.A_log)
     state, after, out = slots[-1][2] if slots else torch.zeros(heads, size, dim), [], []
     for head, own in enumerate(x.reshape(heads, dim)):

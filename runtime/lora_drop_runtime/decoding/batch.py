@@ -260,7 +260,7 @@ class Batch:
         for row in waiting:
             if len(self._rows) + len(begin) == self._count:
                 break
-            if self._is_being_run(row, begin):
+            if self._ahead(row, begin) is not None:
                 continue
             if not self._have_room([*begin, row]):
                 break
@@ -583,13 +583,12 @@ class Batch:
         if len(self._rows) == self._count or not self._waiting:
             return None
         for row in list(self._waiting):  # at once: `add` comes from any thread
-            if not self._is_being_run(row):
+            ahead = self._ahead(row)
+            if ahead is None:
                 return row if self._have_room([row]) else None
+            soon, one = ahead
             if self._prefixes is not None and not self._prefixes.of_all:
-                soon, there = max(
-                    ((self._soon(one, row.reusable), one) for one in self._rows), key=lambda pair: pair[0]
-                )
-                there.part(soon)
+                one.part(soon)
         return None
 
     def _soon(self, one: Row, tokens: Ids) -> int:
@@ -602,16 +601,17 @@ class Batch:
         soon = min(same, one.parts or same)
         return soon if soon > max(one.kept, one.parts - _WORTH_WAITING) else 0
 
-    def _is_being_run(self, row: Row, begin: Sequence[Row] = ()) -> bool:
-        """Whether a row's prompt will soon have more entries to begin with than now, by the rows that run and by others
-        that begin."""
+    def _ahead(self, row: Row, begin: Sequence[Row] = ()) -> tuple[int, Row] | None:
+        """How many tokens of a row's prompt will soon be there to begin with, by one that runs or begins, and that one;
+        None where they are hardly more than now."""
         if self._prefixes is None:
-            return False
+            return None
         tokens = row.reusable
-        soon = max([self._soon(one, tokens) for one in [*self._rows, *begin] if one.is_new], default=0)
-        if soon < _WORTH_WAITING:
-            return False
-        return soon - self._prefixes.longest(tokens, self._exact())[0] >= _WORTH_WAITING
+        found = [(self._soon(one, tokens), one) for one in [*self._rows, *begin] if one.is_new]
+        soon, one = max(found, key=lambda pair: pair[0], default=(0, row))
+        if soon < _WORTH_WAITING or soon - self._prefixes.longest(tokens, self._exact())[0] < _WORTH_WAITING:
+            return None
+        return soon, one
 
     def _exact(self) -> list[Ids]:
         return [row.exact for row in self._rows]
@@ -624,8 +624,7 @@ class Batch:
             exact = self._exact()
             parts = 0 if self._prefixes.of_all else self._prefixes.parts(row.reusable, exact)
             begun = self._prefixes.begin(slot, slots, back, row.reusable, exact)
-            row.parts = parts if parts - begun >= _WORTH_WAITING else 0
-            row.begin_behind(begun)
+            row.begin_behind(begun, parts if parts - begun >= _WORTH_WAITING else 0)
         self._rows.append(row)
         self._waiting.remove(row)
 

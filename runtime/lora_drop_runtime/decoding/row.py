@@ -185,18 +185,16 @@ class Row:
         """Of a new row, what `exact` will soon have: its prompt, unless that is scored, which takes long."""
         return self._ids[: len(self._ids) if self.is_new and not self.options.prompt_logprobs else 0]
 
-    def begin_behind(self, count: int) -> None:
-        """Before its first run: so many tokens of its prompt are in its caches."""
+    def begin_behind(self, count: int, parts: int) -> None:
+        """Before its first run: so many tokens of its prompt are in its caches; `parts` as the attribute has it."""
         self.kept = self.dropped = self.reused = self._exact = count
-        self._runs = self._steps()
-        self.run = next(self._runs)
+        self.part(parts)
 
     def part(self, tokens: int) -> None:
-        """Before its next run: let a run of its prompt end behind so many tokens, more than have run."""
-        if self.parts != tokens:
-            self.parts = tokens
-            self._runs = self._steps()
-            self.run = next(self._runs)
+        """Amid its prompt, before a run: let a run end behind so many tokens."""
+        self.parts = tokens
+        self._runs = self._steps()
+        self.run = next(self._runs)
 
     def forget_exact(self) -> None:
         """Its caches are another's now."""

@@ -120,8 +120,7 @@ class _RecurrentStates:
     def ready(self, kind: StepKind, runs: Sequence[Run], due: Collection[int]) -> None:
         """Before a run. Raises InputError where too many LoRA steps follow each other."""
         for slot, run in enumerate(runs):
-            if run.kept < self.tokens[slot]:
-                self.go_back(slot, run.kept)
+            self.goes_on(slot, run.kept)
         if kind is StepKind.LORA:
             checks.check_lora_steps(max(runs[slot].kept - self.tokens[slot] for slot in due) + 1, MOST_PENDING)
         if 2 * self._sides[: len(runs)].count(self.side) < len(runs):  # most of them went back
@@ -144,13 +143,15 @@ class _RecurrentStates:
         sides, ran = [side] * rows + self._sides[rows:], self._ran.union(runs)
         self.tokens, self._sides, self.side, self._before, self._ran = tokens, sides, side, before, ran
 
-    def go_back(self, slot: int, kept: int) -> None:
-        """A row goes on behind so many tokens, of which some but not all may be of the latest run: with the states of
-        the other side, where the entries of those tokens join the ones that are in no state yet.
+    def goes_on(self, slot: int, kept: int) -> None:
+        """A row goes on behind so many tokens. Where these are not all of the latest run it does so with the states of
+        the other side, and what entries of that run count join there the ones that are in no state yet.
 
         Raises:
             InputError: what that needs is not there any more.
         """
+        if kept >= self.tokens[slot]:
+            return
         before = self._before.get(slot)
         if before is None:
             raise checks.states_are_torn()
@@ -180,8 +181,7 @@ class _RecurrentStates:
     def copy(self, other: _RecurrentStates, source: int, target: int, kept: int) -> None:
         """Take the states of a row of so many tokens, and the entries of its last ones, from a slot of these or of
         other ones."""
-        if kept < other.tokens[source]:
-            other.go_back(source, kept)
+        other.goes_on(source, kept)
         self._before.pop(target, None)
         self._copy(other._held.recurrences[other._sides[source]], source, self._held.recurrences[self.side], target)
         self.tokens[target], self._sides[target] = other.tokens[source], self.side
@@ -267,8 +267,7 @@ class Slots:
 
     def goes_on(self, slot: int, kept: int) -> None:
         """A row goes on behind so many tokens, which may be fewer than the latest run has run of it."""
-        if kept < self._states.tokens[slot]:
-            self._states.go_back(slot, kept)
+        self._states.goes_on(slot, kept)
 
     def admit(self, slot: int, slots: Mapping[str, int], back: int | None) -> None:
         """A row begins; its memory is there."""
