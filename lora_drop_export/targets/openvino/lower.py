@@ -25,24 +25,42 @@ from __future__ import annotations
 
 import onnx
 import onnx_ir as ir
+from lora_drop_runtime.bundle.graph_io import Recurrence
 from lora_drop_runtime.bundle.paged_io import DOMAIN, paged_steps_name
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
 from lora_drop_export.graphs.sinks import take_sinks
+from lora_drop_export.graphs.values import OPSET
 
 from .attention import lower_attention, rotate_tokens_first
 from .experts import lower_experts
 from .linears import lower_linears, lower_lookups
 from .norms import lower_norms
+from .recurrence import lower_recurrences
 from .sites import put_behind_ifs
 from .tokens import pack_tokens
 from .weights import weights_as_nodes
 from .widen import widen
 
 
-def openvino_from_neutral(refresh: onnx.ModelProto, lora: onnx.ModelProto, plan: DropPlan) -> onnx.ModelProto:
-    """Lower both steps into one graph; the arguments are left as they were."""
+def _leave_out_empty_scatters(graph: ir.Graph) -> None:
+    """OpenVINO takes a constant without elements, as the places of an M-RoPE's empty section, for a scalar."""
+    for node in list(graph):
+        if node.op_type == "ScatterND" and node.inputs[1] is not None and node.inputs[0] is not None:
+            places = ir.convenience.get_const_tensor(node.inputs[1])
+            if places is not None and not places.size:
+                node.outputs[0].replace_all_uses_with(node.inputs[0])
+
+
+def openvino_from_neutral(
+    refresh: onnx.ModelProto, lora: onnx.ModelProto, plan: DropPlan, recurrence: Recurrence | None = None
+) -> onnx.ModelProto:
+    """Lower both steps into one graph; the arguments are left as they were.
+
+    Raises:
+        ModelError: the model's recurrent states are of a kind that OpenVINO has no operator for.
+    """
     copies = []
     for proto in (refresh, lora):  # onnx-ir's tensors are views of the protos, and renaming one renames the other
         copies.append(onnx.ModelProto())
@@ -52,6 +70,8 @@ def openvino_from_neutral(refresh: onnx.ModelProto, lora: onnx.ModelProto, plan:
     model.opset_imports[DOMAIN] = 1
     graph.outputs[:] = graph.outputs[:1]  # caches are written in place; sites.py makes the states
     lower_attention(graph, plan, take_sinks(graph))
+    lower_recurrences(graph, plan, recurrence)
+    _leave_out_empty_scatters(graph)
     RemoveUnusedNodesPass()(model)
     pack_tokens(graph)
     lower_experts(graph)
@@ -61,6 +81,7 @@ def openvino_from_neutral(refresh: onnx.ModelProto, lora: onnx.ModelProto, plan:
     rotate_tokens_first(graph)
     RemoveUnusedNodesPass()(model)
     put_behind_ifs(graph, step.graph, plan)
+    model.opset_imports[""] = OPSET  # LinearAttention, which came later, is gone
     widen(graph)
     graph.sort()
     CommonSubexpressionEliminationPass()(model)

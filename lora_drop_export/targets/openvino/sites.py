@@ -1,10 +1,11 @@
 """What dropped sites compute, behind Ifs on `lora_step`.
 
     a layer or its attention    If(K, V, q of it | nothing) → PagedAttention → If(the rest | surrogate)
+    one with a recurrent state  If(Directions of it | zeros of one token) → Rule → If(the rest | surrogate)
     an MLP                      If(the MLP | surrogate)
 
-Under `fill` both steps make K and V of dropped attentions, outside the Ifs; a LoRA step's queries are zeros there, and
-nobody reads what they attend to.
+Under `fill` both steps make K and V of dropped attentions, and entries of recurrent states, outside the Ifs; a LoRA
+step's queries are zeros there, and nobody reads what they attend to.
 """
 
 from __future__ import annotations
@@ -15,12 +16,21 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 from lora_drop_runtime.bundle.adapters import weight_names
-from lora_drop_runtime.bundle.paged_io import DOMAIN, LAST_TOKENS, LORA_STEP, PAST_STATES, PRESENT_STATES
+from lora_drop_runtime.bundle.paged_io import (
+    DOMAIN,
+    LAST_TOKENS,
+    LORA_STEP,
+    PAST_STATES,
+    PRESENT_STATES,
+    recurrence_names,
+)
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.sites import MLP, half_of, layer_of
 
 from lora_drop_export.graphs.nodes import Ops, viewed
 from lora_drop_export.graphs.values import stream_names
+
+from .recurrence import RULE
 
 
 class _Branch:
@@ -142,6 +152,7 @@ class _Sites:
         self.ifs: list[ir.Node] = []  # in the order in which they run
         self.ends: list[ir.Node] = []  # of them, those that end a site
         self.begun: dict[str, ir.Value] = {}  # what the sites with a state were given
+        self.replaced: dict[ir.Value, ir.Value] = {}  # what leaves an If in the place of what it has made
         self.owners = plan.states_behind
         if plan.has_state:
             hidden = self.values["hidden_states.0"]
@@ -152,19 +163,12 @@ class _Sites:
 
     def put(self, site: str) -> None:
         """Put one site behind Ifs."""
-        layer, half = layer_of(site), half_of(site)
+        half = half_of(site)
         begin, end = stream_names(site)
         x, y = self.values[begin], self.values[end]
         if site in self.plan.states:
             self.begun[site] = x
-        begins = {x}
-        attended = self.values.get(f"attended.{layer}")
-        if half != MLP:
-            assert attended is not None
-            attention = attended.producer()
-            assert attention is not None
-            self._put_before_attention(site, x, attention)
-            begins |= {attended, *(value for value in attention.inputs[:3] if value is not None)}
+        begins = {x} if half == MLP else self._put_before(site, x, y)
         full, surrogate = _Branch(f"site.{site}/full"), _Branch(f"site.{site}/lora")
         nodes = _between([y], begins)
         results = [full.copy(nodes)[y]]
@@ -199,42 +203,100 @@ class _Sites:
             chosen.outputs[1].type = y.type
             self.present.append(chosen.outputs[1])
 
-    def _put_before_attention(self, site: str, x: ir.Value, attention: ir.Node) -> None:
-        """The queries, and but under `fill` keys and values, of a refresh alone."""
-        count = 1 if self.plan.refresh_policy.fills else 3
+    def _put_before(self, site: str, x: ir.Value, y: ir.Value) -> set[ir.Value]:
+        """Put what goes into a layer's attention, and into the rule of its recurrent state, behind an If; returns what
+        the rest of the layer begins with. Products that this reads, too, leave the If as well."""
+        attended, recurred = (self.values.get(f"{what}{layer_of(site)}") for what in ("attended.", RULE))
+        fills, begins = self.plan.refresh_policy.fills, {x}
+        attention = None if attended is None else attended.producer()
+        rows: list[ir.Value] = []  # [T, H·D]
+        if attention is not None:  # under `fill` the queries alone
+            rows = [value for value in attention.inputs[: 1 if fills else 3] if value is not None]
         # What is a view of another tensor must not leave an If: OpenVINO gives its memory to others
-        rows = [value for value in attention.inputs[:count] if value is not None]  # [T, H·D]
         ends = [viewed(value) for value in rows]
+        others: list[ir.Value] = []
+        entries = None
+        if recurred is not None:
+            directed = recurred.producer().inputs[0].producer()  # type: ignore[union-attr]
+            assert directed is not None
+            others, entries = list(directed.outputs), directed.inputs[0]
+            if not fills:
+                others.append(self.values[recurrence_names(layer_of(site))[2]])
+        before = _between([*ends, *others, *([entries] if fills and entries is not None else [])], {x})
+        paged = {value for value in (attended, recurred, *rows, *others) if value is not None}
+        rest = {*_between([y], {x, *paged})}
+        shared = [node.outputs[0] for node in before if node.op_type == "Linear" and node in rest]
+        if fills and entries is not None:
+            made_outside = {*_between([entries], {x})}
+            begins |= {entries, *(value for value in shared if value.producer() in made_outside)}
+            shared = [value for value in shared if value not in begins]
+        ones = {*others[5:], *shared}
+        others += shared
+        if ends or others:
+            self._put_ends(site, x, rows, ends, others, begins, ones)
+        if attention is not None:
+            paged |= {value for value in attention.inputs[:3] if value is not None}
+        return {x, *begins, *(self.replaced.get(value, value) for value in (*paged, *others))}
+
+    def _put_ends(
+        self,
+        site: str,
+        x: ir.Value,
+        rows: list[ir.Value],
+        ends: list[ir.Value],
+        others: list[ir.Value],
+        begins: set[ir.Value],
+        ones: set[ir.Value],
+    ) -> None:
+        """Put what makes values of a site's stream x behind an If.
+
+        Args:
+            rows, ends: of an attention, and what these are views of; without tokens in a LoRA step, but under `fill`.
+            others: of which a LoRA step has one, of zeros.
+        """
         full, nothing = _Branch(f"site.{site}/projected"), _Branch(f"site.{site}/nothing")
-        made = full.copy(_between(ends, {x}))
+        made = full.copy(_between([*ends, *others], begins))
         results = []
-        for value in ends:
+        for value in (*ends, *others):
             if value not in made:  # K or V of another layer, which are there on all steps
                 made[value] = full.ops("Identity", value)
                 made[value].type, made[value].shape = value.type, value.shape
             results.append(made[value])
         instead = []
-        for value in ends:  # [1, T, …], or [1, 1, T, …] of a single head
-            ops = nothing.ops
+        for value in (*ends, *others):  # [1, T, …], or [1, 1, T, …] of a single head; [N, …]
+            ops, sizes = nothing.ops, [size if isinstance(size, int) else -1 for size in list(value.shape)]  # type: ignore[arg-type]
+            if value in ends:
+                sizes[0] = 1
+            if value in ones:
+                instead.append(ops.constant(np.zeros([abs(size) for size in sizes], np.float32)))
+                continue
             # A Constant without elements would be read as a scalar
-            tokens = ops("Shape", x, start=1, end=2) if count == 1 else ops.ints([0])
-            sizes = [1, *(size if isinstance(size, int) else -1 for size in list(value.shape)[1:])]  # type: ignore[arg-type]
+            fills = value in ends and self.plan.refresh_policy.fills
+            tokens = ops("Shape", x, start=1, end=2) if fills else ops.ints([0])
             place = sizes.index(-1)
-            shape = ops("Concat", ops.ints(sizes[:place]), tokens, ops.ints(sizes[place + 1 :]), axis=0)
+            parts = [ops.ints(sizes[:place])] * (place > 0), [ops.ints(sizes[place + 1 :])] * (place + 1 < len(sizes))
+            shape = ops("Concat", *parts[0], tokens, *parts[1], axis=0)
             zero = ops("ConstantOfShape", shape, value=ir.tensor(np.zeros(1, np.float32)))
             zero.type = ir.TensorType(ir.DataType.FLOAT)
             instead.append(zero)
         sides = {"then_branch": nothing.graph(instead), "else_branch": full.graph(results)}
-        chosen = ir.node("If", [self.step], sides, num_outputs=count, name=f"site.{site}.before")
+        chosen = ir.node("If", [self.step], sides, num_outputs=len(results), name=f"site.{site}.before")
         self.graph.append(chosen)
         self.ifs.append(chosen)
-        for row, value, new in zip(rows, ends, chosen.outputs, strict=True):
+        for value, new in zip((*ends, *others), chosen.outputs, strict=True):
             new.type, new.shape = value.type, value.shape
+        for row, new in zip(rows, chosen.outputs, strict=False):
             ops = Ops()
             packed = ops("Reshape", new, ops.ints([-1, int(row.shape[1])]))  # type: ignore[index, arg-type]
             packed.type, packed.shape = row.type, row.shape
             self.graph.extend(ops.nodes)
             row.replace_all_uses_with(packed)
+        for value, new in zip(others, chosen.outputs[len(ends) :], strict=True):
+            self.replaced[value] = new
+            if value.is_graph_output():
+                new.name, value.name = value.name, f"{value.name}.full"
+                self.graph.outputs[:] = [new if output is value else output for output in self.graph.outputs]
+            value.replace_all_uses_with(new)
 
     def _state(self, branch: _Branch, site: str) -> ir.Value:
         """The state before the step, [1, b, d]."""

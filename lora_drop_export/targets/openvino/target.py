@@ -30,7 +30,7 @@ class OpenVinoTarget:
     channel_weights = True
     cache_dtypes: Mapping[str, tuple[str, ...]] = MappingProxyType({"int8": ("float32",)})
     scales_per_head = False
-    recurs = False
+    recurs = True
 
     def check(self, options: object, targets: Sequence[str]) -> None:
         """Nothing of the options is its own; verification runs on OpenVINO."""
@@ -76,7 +76,8 @@ class OpenVinoTarget:
 
         entry = OpenVinoEntry(steps=f"{self.name}/steps.onnx")
         with console.phase("lowering to OpenVINO"):
-            steps = openvino_from_neutral(graphs[StepKind.REFRESH], graphs[StepKind.LORA], manifest.plan)
+            neutral = graphs[StepKind.REFRESH], graphs[StepKind.LORA]
+            steps = openvino_from_neutral(*neutral, manifest.plan, manifest.model.recurrence)
             (root / entry.steps).write_bytes(steps.SerializeToString())
         return entry
 

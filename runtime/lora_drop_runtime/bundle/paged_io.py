@@ -15,9 +15,23 @@ Enters: a drop plan. Leaves: names. The exporter declares the graph by them and 
     <group>.<window>.<table>                     the same for layers with a sliding window, or a convolution as wide: of
                                                  the last blocks alone, those that a row's new tokens can see into
     key_cache.i value_cache.i [blocks, H, 32, D] written in place; float32 here, what the engine computes in at run time
+    recurrence.<table>                           where layers have recurrent states (graph_io.py): of each row the tokens
+                                                 that are in none yet and the new ones run, N in all
+    recurrence.before         int64 [M]          the entries that the tokens before the new ones have in `recent.i`
+    recurrence.mixed          int64 [K, N]       those that each of the N mixes, among these M and then the T new ones
+    recurrence.new            int64 [T]          places of the new ones among the N
+    recurrence.held           int64 [n]          new tokens whose entries are wanted
+    recurrence.begins         int32 [b + 1]      where each row's begin among the N
+    recurrence.dropped        int32 [b + 1]      the same for dropped layers: none in a LoRA step
+    recurrence.states         int32 [2 b]        places of a row's states in `state.i`: that it reads, that it writes
+    recurrence.places         int32 [b + 1]      where those begin, 0, 2, ..
+    recurrence.past, recurrence.interval         int32 [b], zeros, and more than any row's tokens
+    recent.i                  [slots, E]         entries of each row's last tokens; read
+    state.i                   [states, H, Dv, Dk] written in place, but for rows without tokens
 
     logits                    float32 [1, R, V]
     present_states            [states, b, d]
+    present_recent.i          [1, n, E]          the new tokens' entries; of dropped layers in a refresh
 
 A LoRA step has one token a row; dropped layers get none then, but under `fill`.
 """
@@ -45,10 +59,27 @@ DOMAIN = "lora_drop"
 #   Earlier         key_cache, value_cache [blocks, 1, 32, d/2], those slots: gives [T, count, d]
 #   Convolution     gate [T, d], the halves of x [T, d/2] ×2, the output of PagedAttention, which writes the caches,
 #                   earlier [T, K − 1, d], those places, taps [d, 1, K] [, bias [d]]
+#   Directions      entries [1, T, E], those before [M, E], mixed [K, N], taps [W, 1, K] [, bias [W]]; rule, heads,
+#                   key_heads, key_dim, value_dim (bundle/graph_io.py): gives q, k [N, Hk, Dk], v [N, H, Dv], decays and
+#                   β [N, H]
+#   Rule            those five, states, the tables behind `begins` [, A [H], of which decays are the multiple β]; rule:
+#                   gives [N, H, Dv]
 BLOCK = 32  # slots of a block; the operator's own
 GROUPS = ("kept", "dropped")
 TABLES = ("past_lens", "begins", "blocks", "block_begins", "longest")
 LORA_STEP, POSITIONS, LAST_TOKENS = "lora_step", "positions", "last_tokens"
+RECURRENCE_TABLES = {  # → dtype, dimensions
+    "before": ("int64", 1),
+    "mixed": ("int64", 2),
+    "new": ("int64", 1),
+    "held": ("int64", 1),
+    "begins": ("int32", 1),
+    "dropped": ("int32", 1),
+    "states": ("int32", 1),
+    "places": ("int32", 1),
+    "past": ("int32", 1),
+    "interval": ("int32", 1),
+}
 PAST_STATES, PRESENT_STATES = "past_states", "present_states"
 
 
@@ -68,3 +99,13 @@ def table_names(group: str, window: int = 0) -> list[str]:
 
 def cache_names(layers: Iterable[int]) -> list[str]:
     return [f"{part}_cache.{layer}" for layer in layers for part in ("key", "value")]
+
+
+def recurrence_table(name: str) -> str:
+    """The input with one of `RECURRENCE_TABLES`."""
+    return f"recurrence.{name}"
+
+
+def recurrence_names(layer: int) -> tuple[str, str, str]:
+    """Of a layer's recurrent state: the inputs with entries and states, and the output with new entries."""
+    return f"recent.{layer}", f"state.{layer}", f"present_recent.{layer}"

@@ -317,6 +317,6 @@ def prefixes_for(
         most: bytes that the blocks of paged caches may take.
     """
     if isinstance(slots, PagedSlots):
-        return PagedPrefixes(slots, most)
+        return None if slots.have_recurrent_states else PagedPrefixes(slots, most)
     on_host = engine.many_requests and not engine.runs_cycles
     return SlotPrefixes(slots, count) if on_host else None

@@ -12,10 +12,12 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.graph_io import MOST_PENDING
 from lora_drop_runtime.engines.engine import BindingEngine, Engine, Feed, PagedEngine
 from lora_drop_runtime.plan.schedule import StepKind
 
 from . import checks
+from .paged_states import PagedStates
 from .row_blocks import GONE, RowBlocks, first_seen, held, most_blocks
 from .sampling import Ids
 from .slots import Logits, Run, Slots, valid_kv_bytes
@@ -66,8 +68,6 @@ class PagedSlots:
         shorten: gives up a block of what rows that are over have left; whether there was any.
     """
 
-    most_lora_steps = None  # no limit
-
     def __init__(self, bundle: Bundle, engine: PagedEngine, count: int, several: bool, chunk: int) -> None:
         self._bundle, self._engine, self._count, self._several = bundle, engine, count, several
         self._chunk, self.most_bytes = chunk, 0
@@ -79,6 +79,8 @@ class PagedSlots:
         self._steps = engine.steps(several)
         self._rows: list[RowBlocks | None] = [None] * count
         self._states = np.zeros(engine.states_shape(count), np.float32)
+        self._recurrent = PagedStates(bundle.manifest, count, self._steps.output)
+        self._steps.hold(self._recurrent.arrays)
         model, layers = bundle.manifest.model, (self._plan.kept_attentions, self._plan.dropped_attentions)
         self._forgetful = [  # pools, whether of dropped layers, and bytes of the entries of a block
             (number, group, self._size * model.token_kv_bytes([i for i in layers[group] if model.windows[i] == window]))
@@ -93,6 +95,16 @@ class PagedSlots:
         self._latest: tuple[list[int], list[int], int] | None = None  # due rows, what each wanted, rows that are there
         self._updates = False  # whether the latest run is a LoRA step that has updated states
         self._copied: Logits | None = None
+
+    @property
+    def have_recurrent_states(self) -> bool:
+        """As of `Slots`."""
+        return bool(self._recurrent)
+
+    @property
+    def most_lora_steps(self) -> int | None:
+        """As of `Slots`."""
+        return MOST_PENDING if self._recurrent else None
 
     # ── whose blocks ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -135,6 +147,7 @@ class PagedSlots:
         self.release(slot)
         begun = entries // self._size
         counts, shared = self._counts(slots, back, begun), [own[:begun] for own in blocks] or None
+        self._recurrent.begin(slot)
         self._rows[slot] = row = RowBlocks(self._engine, counts, shared, back)
         if back is not None:
             row.needed = self._first_seen(entries, entries)
@@ -158,6 +171,7 @@ class PagedSlots:
         if self._rows[source] is not None:
             self.release(target)
             self._states[:, target] = self._states[:, source]
+            self._recurrent.copy(self._recurrent, source, target, kept)
             self._rows[target], self._rows[source] = self._rows[source], None
 
     def copy(self, other: PagedSlots, source: int, target: int, kept: int, dropped: int) -> None:
@@ -173,6 +187,7 @@ class PagedSlots:
             before, here[:shared] = here[:shared], there[:shared]
             pool.give_back(held(before))
         self._states[:, target] = other._states[:, source]
+        self._recurrent.copy(other._recurrent, source, target, kept)
 
     def fork(
         self, engine: PagedEngine, slots: Mapping[str, int], kept: Sequence[int], dropped: Sequence[int]
@@ -228,10 +243,12 @@ class PagedSlots:
     def goes_back(self, slot: int, kept: int, dropped: int) -> bool:
         """Whether there is a row that may go on behind so many of its entries."""
         row = self._rows[slot]
-        return row is not None and self.see_enough(row.blocks, kept, dropped)
+        seen = row is not None and self.see_enough(row.blocks, kept, dropped)
+        return seen and self._recurrent.goes_back(slot, kept)
 
     def goes_on(self, slot: int, kept: int) -> None:
         """A row goes on behind so many entries: what lies behind them is written over."""
+        self._recurrent.goes_on(slot, kept)
 
     def shared(self, blocks: Sequence[Sequence[int]], entries: int) -> RowBlocks:
         """The same blocks, as far as they hold so many entries, for another one who has them."""
@@ -304,7 +321,7 @@ class PagedSlots:
         return self._allocated() + self._states.nbytes
 
     def _allocated(self) -> int:
-        found = 0
+        found = self._recurrent.nbytes
         for number, pool in enumerate(self._engine.pools):
             blocks = {block for row in self._rows if row is not None for block in held(row.blocks[number])}
             found += len(blocks) * pool.block_bytes
@@ -333,6 +350,8 @@ class PagedSlots:
             once, held: as of `Slots`.
         """
         order = sorted(due)
+        if self._recurrent:
+            self._recurrent.ready(kind, runs, due)
         chosen, rows = [runs[slot] for slot in order], [self._rows[slot] for slot in order]
         writes_dropped = kind is StepKind.REFRESH or self._fills
         # Nobody reads what dropped attentions make of a LoRA step's zeros: they see the block that is written alone
@@ -355,13 +374,16 @@ class PagedSlots:
             for table, (group, _), own in zip(tables, self._engine.table_groups, self._spare_blocks(), strict=True):
                 table.append((0, padding if writes_dropped or not group else 0, own))
         sizes = tuple(sum(len(own) for _, _, own in group) for group in tables)
-        feed = self._steps.feed(kind, tokens + padding, sum(wanted), (len(order), len(chosen)), sizes)
+        recurrence = self._recurrent.sizes(order, chosen)
+        feed = self._steps.feed(kind, tokens + padding, sum(wanted), (len(order), len(chosen)), sizes, recurrence)
         self._fill(feed, chosen, len(order), tables)
+        will_have_run = self._recurrent.fill(feed.recurrence, kind, order, chosen)
         if self._plan.has_state:
             feed.states[...] = self._states[:, order]
         self._copied = None
         self._latest = order, wanted, len(runs)
         self._steps.run()
+        self._recurrent.ran(will_have_run)
         self._updates = kind is StepKind.LORA and bool(self._plan.updated_states)
         if self._plan.has_state and kind is StepKind.REFRESH:
             self._states[:, order] = self._steps.states()

@@ -260,6 +260,7 @@ class Feed(Protocol):
         ids, positions: int64 [1, T]. index: int64 [R]. last: int64 [b]. states: float32 [sites, b, d].
         tables: of each of the engine's pools past_lens [r], begins [r + 1], blocks [n], block_begins [r + 1] and
             longest [], int32, of the rows that have tokens.
+        recurrence: by name (`RECURRENCE_TABLES`); empty where no layer has a recurrent state.
     """
 
     ids: Array
@@ -268,17 +269,31 @@ class Feed(Protocol):
     last: Array
     states: Array
     tables: list[list[Array]]
+    recurrence: dict[str, Array]
 
 
 class PagedSteps(Protocol):
     """Calls of one request, whose results stay until its next."""
 
-    def feed(self, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: tuple[int, ...]) -> Feed:
+    def feed(
+        self,
+        kind: StepKind,
+        tokens: int,
+        wanted: int,
+        rows: tuple[int, int],
+        blocks: tuple[int, ...],
+        recurrence: Mapping[str, tuple[int, ...]],
+    ) -> Feed:
         """What a call reads of so many tokens in all, logits that are wanted, and blocks of each pool.
 
         Args:
             rows: those that have a state, and all that have tokens.
+            recurrence: sizes of the tables of recurrent states; empty where no layer has one.
         """
+        ...
+
+    def hold(self, arrays: Mapping[str, Array]) -> None:
+        """What all calls read, and write in place, by the names of the graph's inputs."""
         ...
 
     def run(self) -> None:
@@ -291,6 +306,10 @@ class PagedSteps(Protocol):
 
     def states(self) -> npt.NDArray[np.float32]:
         """float32 [sites, b, d]."""
+        ...
+
+    def output(self, name: str) -> npt.NDArray[np.float32]:
+        """Another output of the graph."""
         ...
 
 

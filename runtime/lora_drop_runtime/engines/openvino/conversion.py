@@ -21,6 +21,7 @@ from lora_drop_runtime.dtypes import BY_NAME
 
 from .capped import capped_attention, ints
 from .convolution import before, convolution, earlier
+from .recurrence import directions, rule
 
 _NEARLY_NOTHING, _NEARLY_ALL = 1e-37, 3e38
 _PLAIN_GATE = (("alpha", 1.0), ("added", 0.0), ("limit", 0.0))  # that an Experts node of SiLU may leave out
@@ -320,6 +321,8 @@ class Conversions:
             "Before": before,
             "Earlier": earlier,
             "Convolution": lambda node: convolution(node, _widened),
+            "Directions": lambda node: directions(node, _widened),
+            "Rule": rule,
         }
         return [ConversionExtension(name, DOMAIN, function) for name, function in functions.items()]
 

@@ -22,7 +22,9 @@ from lora_drop_runtime.bundle.paged_io import (
     PAST_STATES,
     POSITIONS,
     PRESENT_STATES,
+    RECURRENCE_TABLES,
     cache_names,
+    recurrence_table,
     table_names,
 )
 from lora_drop_runtime.dtypes import in_dtype
@@ -48,6 +50,7 @@ class Feed:
         ids, positions: int64 [1, T]; index: int64 [R]; last: int64 [b]; states: float32 [sites, b, d].
         tables: of each of the engine's pools past_lens [r], begins [r + 1], blocks [n], block_begins [r + 1] and
             longest [], int32.
+        recurrence: by name (`RECURRENCE_TABLES`); empty where no layer has a recurrent state.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Feed:
         blocks: tuple[int, ...],
         states: tuple[int, ...],
         groups: Sequence[tuple[int, int]],
+        recurrence: Mapping[str, tuple[int, ...]],
     ):
         with_state, with_tokens = rows
         self.ids, self.positions = np.zeros((1, tokens), np.int64), np.zeros((1, tokens), np.int64)
@@ -81,6 +85,8 @@ class Feed:
         }
         for (group, window), tables in zip(groups, self.tables, strict=True):
             arrays |= dict(zip(table_names(GROUPS[group], window), tables, strict=True))
+        self.recurrence = {name: np.zeros(size, RECURRENCE_TABLES[name][0]) for name, size in recurrence.items()}
+        arrays |= {recurrence_table(name): table for name, table in self.recurrence.items()}
         self.arrays = arrays
 
 
@@ -95,12 +101,20 @@ class _Request:
         self._feeds: dict[tuple[Any, ...], tuple[Feed, list[tuple[int, Any]]]] = {}
         self._bound: Feed | None = None
 
-    def feed(self, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: tuple[int, ...]) -> Feed:
+    def feed(
+        self,
+        kind: StepKind,
+        tokens: int,
+        wanted: int,
+        rows: tuple[int, int],
+        blocks: tuple[int, ...],
+        recurrence: Mapping[str, tuple[int, ...]],
+    ) -> Feed:
         """What a call of these sizes reads; rows with a state, and with tokens; `blocks` of each of the pools."""
-        key = (kind, tokens, wanted, rows, blocks)
+        key = (kind, tokens, wanted, rows, blocks, *recurrence.values())
         if key not in self._feeds:
-            engine = self._engine
-            feed = Feed(kind, tokens, wanted, rows, blocks, engine.states_shape(rows[0]), engine.table_groups)
+            engine, sites = self._engine, self._engine.states_shape(rows[0])
+            feed = Feed(kind, tokens, wanted, rows, blocks, sites, engine.table_groups, recurrence)
             tensors = [
                 (self._compiled.inputs[name], self._ov.Tensor(array, shared_memory=True))
                 for name, array in feed.arrays.items()
@@ -139,10 +153,15 @@ class _Request:
         found: npt.NDArray[np.float32] = self._request.get_output_tensor(self._compiled.outputs["logits"]).data[0]
         return found
 
-    def states(self) -> npt.NDArray[np.float32]:
-        """float32 [sites, b, d] after the latest call, valid until the next."""
-        found: npt.NDArray[np.float32] = self._request.get_output_tensor(self._compiled.outputs[PRESENT_STATES]).data
+    def output(self, name: str) -> npt.NDArray[np.float32]:
+        """What the latest call has given by that name, valid until the next."""
+        found: npt.NDArray[np.float32] = self._request.get_output_tensor(self._compiled.outputs[name]).data
         return found
+
+    def hold(self, arrays: Mapping[str, Array]) -> None:
+        """What all calls read and write."""
+        for name, array in arrays.items():
+            self._request.set_input_tensor(self._compiled.inputs[name], self._ov.Tensor(array, shared_memory=True))
 
     def _bind_caches(self) -> None:
         for number, pool in enumerate(self._engine.pools):
@@ -162,12 +181,24 @@ class Steps:
         self._narrow = self._now = _Request(engine, engine.compiled)
         self._wide = _Request(engine, engine.wide) if several and engine.wide is not None else self._narrow
 
-    def feed(self, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: tuple[int, ...]) -> Feed:
+    def feed(
+        self,
+        kind: StepKind,
+        tokens: int,
+        wanted: int,
+        rows: tuple[int, int],
+        blocks: tuple[int, ...],
+        recurrence: Mapping[str, tuple[int, ...]],
+    ) -> Feed:
         self._now = self._narrow
         if tokens > rows[1]:
             self._now = self._wide
             self._engine.calls_of_several += self._several
-        return self._now.feed(kind, tokens, wanted, rows, blocks)
+        return self._now.feed(kind, tokens, wanted, rows, blocks, recurrence)
+
+    def hold(self, arrays: Mapping[str, Array]) -> None:
+        for request in {id(one): one for one in (self._narrow, self._wide)}.values():
+            request.hold(arrays)
 
     def run(self) -> None:
         self._now.run()
@@ -176,7 +207,10 @@ class Steps:
         return self._now.logits()
 
     def states(self) -> npt.NDArray[np.float32]:
-        return self._now.states()
+        return self._now.output(PRESENT_STATES)
+
+    def output(self, name: str) -> npt.NDArray[np.float32]:
+        return self._now.output(name)
 
 
 class OpenVinoEngine:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from lora_drop_runtime.bundle.graph_io import NO_HEADS
 from lora_drop_runtime.bundle.manifest import Manifest
 from lora_drop_runtime.bundle.paged_io import (
     BLOCK,
@@ -17,8 +18,11 @@ from lora_drop_runtime.bundle.paged_io import (
     PAST_STATES,
     POSITIONS,
     PRESENT_STATES,
+    RECURRENCE_TABLES,
     cache_names,
     paged_steps_name,
+    recurrence_names,
+    recurrence_table,
     table_names,
 )
 from lora_drop_runtime.errors import BundleError
@@ -49,11 +53,15 @@ def layers_with_tables(manifest: Manifest, names: Collection[str]) -> dict[tuple
     """
     plan, found = manifest.plan, dict[tuple[str, int], list[int]]()
     for group, layers in zip(GROUPS, (plan.kept_attentions, plan.dropped_attentions), strict=True):
-        of = {layer: manifest.model.windows[layer] for layer in layers}
+        of = {
+            layer: 0 if layer in manifest.model.recurrent_layers else manifest.model.windows[layer]
+            for layer in layers
+            if manifest.model.heads[layer] != NO_HEADS
+        }
         if not any(name in names for window in of.values() if window for name in table_names(group, window)):
-            of = dict.fromkeys(layers, 0)
+            of = dict.fromkeys(of, 0)
         for window in sorted(set(of.values())):
-            found[group, window] = [layer for layer in layers if of[layer] == window]
+            found[group, window] = [layer for layer, own in of.items() if own == window]
     return found
 
 
@@ -74,6 +82,19 @@ def _wanted(
             cache: list[int | None] = [None, heads[layer].kv_heads, BLOCK, heads[layer].head_dim]
             inputs |= dict.fromkeys(cache_names([layer]), cache)
     outputs: dict[str, list[int | None]] = {"logits": [1, None, model.vocab_size]}
+    form = model.recurrence
+    for layer in model.recurrent_layers if form is not None else ():
+        recent, state, present = recurrence_names(layer)
+        inputs |= {recent: [None, form.entry], state: [None, form.heads, form.value_dim, form.key_dim]}
+        outputs[present] = [1, None, form.entry]
+    if form is not None:
+        tables: dict[str, list[int | None]] = {name: [None] * rank for name, (_, rank) in RECURRENCE_TABLES.items()}
+        tables["mixed"][0] = form.taps
+        dropped = {*plan.dropped_attentions}
+        for name, read in (("dropped", dropped), ("begins", {*model.recurrent_layers} - dropped)):
+            if read.isdisjoint(model.recurrent_layers):
+                del tables[name]
+        inputs |= {recurrence_table(name): sizes for name, sizes in tables.items()}
     if plan.has_state:
         inputs |= {PAST_STATES: [len(plan.states), None, model.hidden_size], LAST_TOKENS: [None]}
         outputs[PRESENT_STATES] = [None, None, model.hidden_size]
