@@ -39,6 +39,7 @@ from tests.support.models import build, quartered, qwen3_5, remembering, skip_wi
 
 LONG = [list(range(3, 3 + 40)), [5], list(range(60, 60 + 33))]
 ANY: dict[str, Any] = {"always_first": 0, "always_last": 0}
+TARGETS = ("ort", "openvino")
 
 
 @functools.cache
@@ -258,15 +259,10 @@ def test_mamba(policy: str, tmp_path: Path) -> None:
     assert not [one for one in rounded.manifest.quantization.get("departures", ()) if "in_proj" in one["weights"]]
 
 
-@functools.cache
-def _dropped(root: Path) -> Bundle:
+@pytest.fixture(scope="module", params=TARGETS)
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     options = ANY | {"drop_layers": ("1", "3", "5"), "policy": "backfill", "k": 2, "max_seq_len": 128}
-    return make_bundle(eight(), root / "b", **options)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return _dropped(tmp_path_factory.mktemp("recurrent"))
+    return make_bundle(eight(), tmp_path_factory.mktemp("recurrent") / "b", targets=(request.param,), **options)
 
 
 def _alone(bundle: Bundle, prompts: list[list[int]], counts: list[int]) -> list[list[int]]:
@@ -555,13 +551,13 @@ def test_most_lora_steps_of_a_row(bundle: Bundle) -> None:
     assert [event.token for event in events if event.row == 1] == alone
 
 
-@pytest.fixture(scope="module")
-def drafting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, dict[tuple[int, ...], list[int]]]:
+@pytest.fixture(scope="module", params=TARGETS)
+def drafting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, dict[tuple[int, ...], list[int]]]:
     """A bundle whose drafts are accepted now and then, and behind some prompts what transformers writes."""
     sharp = falcon_h1(lm_head_multiplier=200.0)  # so that drafts are sure enough
     source = traced_model(quartered(sharp))
     options = ANY | {"drop_layers": ("1", "2.attn"), "policy": "lossless", "k": 3, "max_seq_len": 128}
-    bundle = make_bundle(source, tmp_path_factory.mktemp("drafting") / "b", **options)
+    bundle = make_bundle(source, tmp_path_factory.mktemp("drafting") / "b", targets=(request.param,), **options)
     wanted = {}
     for prompt in LONG:
         ids = torch.tensor([prompt])

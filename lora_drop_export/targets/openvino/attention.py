@@ -14,6 +14,17 @@ from lora_drop_export.graphs.match import cache_write, mask_window
 from lora_drop_export.graphs.nodes import HEADS_FIRST, Ops, rank, replace_node
 
 
+def _without_factor(value: ir.Value | None) -> tuple[ir.Value | None, ir.Value | None]:
+    """x and a number c of a value that is c·x; the value and None of any other."""
+    node = None if value is None else value.producer()
+    if node is not None and node.op_type == "Mul":
+        for x, factor in (node.inputs, node.inputs[::-1]):
+            number = None if factor is None else ir.convenience.get_const_tensor(factor)
+            if number is not None and number.size == 1:
+                return x, factor
+    return value, None
+
+
 def tokens_first(ops: Ops, value: ir.Value | None) -> ir.Value:
     """[B, H, S, D] as [B, S, H, D]; RoPE, which treats heads alike, goes behind the transpose."""
     assert value is not None
@@ -22,7 +33,9 @@ def tokens_first(ops: Ops, value: ir.Value | None) -> ir.Value:
         assert node.inputs[0] is not None
         return node.inputs[0]
     if node is not None and node.op_type == "RotaryEmbedding" and len(node.inputs) == 3 and rank(value) == 4:
-        x = tokens_first(ops, node.inputs[0])
+        # Where a number times x is turned, the plugin takes that number for one of its own (2026.4)
+        unscaled, factor = _without_factor(node.inputs[0])
+        x = tokens_first(ops, unscaled)
         head_dim = int(value.shape[3])  # type: ignore[index, arg-type]
         rotary = node.attributes["rotary_embedding_dim"].as_int() if "rotary_embedding_dim" in node.attributes else 0
         interleaved = node.attributes["interleaved"].as_int() if "interleaved" in node.attributes else 0
@@ -30,6 +43,9 @@ def tokens_first(ops: Ops, value: ir.Value | None) -> ir.Value:
             "Rotary", x, *node.inputs[1:], domain=DOMAIN, rotary_dim=rotary or head_dim, interleaved=interleaved
         )
         turned.type, turned.shape = value.type, x.shape
+        if factor is not None:
+            turned = ops("Mul", turned, factor)
+            turned.type, turned.shape = value.type, x.shape
         return turned
     assert value.shape is not None
     swapped = ops("Transpose", value, perm=list(HEADS_FIRST))

@@ -40,6 +40,10 @@ class _Ran(NamedTuple):
     first: int
     held: int
 
+    def counts_whole(self, kept: int) -> bool:
+        """Whether a row that goes on behind so many tokens has the states that the call has left."""
+        return self.kind is StepKind.REFRESH and kept >= self.end
+
 
 class PagedStates:
     """Args:
@@ -60,6 +64,7 @@ class PagedStates:
         self._always = [fills or layer not in dropped for layer in self._layers]  # whether LoRA steps give entries
         self.tokens, self._sides = [0] * count, [0] * count
         self._ran: dict[int, _Ran] = {}
+        self._going: dict[int, int] = {}  # behind how many tokens rows of the latest call go on, as far as it is known
         self.arrays: dict[str, Array] = {}
         if self._form is None:
             return
@@ -84,28 +89,33 @@ class PagedStates:
     def goes_back(self, slot: int, kept: int) -> bool:
         """Whether a row may go on behind so many tokens: its states are of no later one."""
         ran = self._ran.get(slot)
-        return kept >= (self.tokens[slot] if ran is None or ran.kind is StepKind.LORA else ran.end)
+        if ran is None or ran.kind is StepKind.LORA or self._going.get(slot, ran.end) < ran.end:
+            return kept >= self.tokens[slot]
+        return kept >= ran.end
 
     def goes_on(self, slot: int, kept: int) -> None:
-        """A row goes on behind so many tokens: what the latest call has made of these counts.
+        """A row goes on behind so many tokens, or fewer where that is said before the next call.
 
         Raises:
             InputError: what that needs is not there any more.
         """
         ran = self._ran.get(slot)
-        if ran is None:
-            if kept < self.tokens[slot]:
-                raise checks.states_are_torn()
-            return
-        form = self._form
-        assert form is not None
-        all_counts = ran.kind is StepKind.REFRESH and kept >= ran.end
-        known, end = ran.end - ran.held, min(kept, ran.end)
-        if not all_counts and kept > ran.begun:
-            if known > ran.begun or kept - self.tokens[slot] > MOST_PENDING:
-                raise checks.states_are_torn()
         if kept < self.tokens[slot]:
             raise checks.states_are_torn()
+        if ran is None:
+            return
+        if ran.begun < kept and not ran.counts_whole(kept):
+            if ran.end - ran.held > ran.begun or kept - self.tokens[slot] > MOST_PENDING:
+                raise checks.states_are_torn()
+        self._going[slot] = kept
+
+    def _settle(self, slot: int, kept: int) -> None:
+        """What the latest call has made of a row that goes on behind so many tokens counts from now on."""
+        self.goes_on(slot, kept)
+        ran, form = self._ran.get(slot), self._form
+        if ran is None or form is None:
+            return
+        known, end = ran.end - ran.held, min(kept, ran.end)
         if end > known:
             places = [slot * form.recent + token % form.recent for token in range(known, end)]
             sources = slice(ran.first, ran.first + end - known)
@@ -113,7 +123,7 @@ class PagedStates:
                 if self._always[number] or ran.kind is StepKind.REFRESH:
                     self._entries[number, places] = self._output(present)[0, sources]
         tokens, sides, others = self.tokens.copy(), self._sides.copy(), self._ran.copy()
-        if all_counts:
+        if ran.counts_whole(kept):
             tokens[slot], sides[slot] = ran.end, 1 - sides[slot]
         del others[slot]
         self.tokens, self._sides, self._ran = tokens, sides, others
@@ -121,6 +131,7 @@ class PagedStates:
     def begin(self, slot: int) -> None:
         """A row begins, with states of no token: zeros."""
         self._ran.pop(slot, None)
+        self._going.pop(slot, None)
         self.tokens[slot] = 0
         if self:
             self._states[:, 2 * slot + self._sides[slot]] = 0
@@ -129,7 +140,7 @@ class PagedStates:
         """Take those of a row of so many tokens of these or of other ones."""
         if self._form is None:
             return
-        other.goes_on(source, kept)
+        other._settle(source, kept)
         self._ran.pop(target, None)
         size, side = self._form.recent, self._sides[target]
         theirs = other._entries[:, source * size : (source + 1) * size]
@@ -143,8 +154,8 @@ class PagedStates:
         """Before a call. Raises InputError where too many LoRA steps follow each other."""
         for slot in [*self._ran]:
             if slot < len(runs):
-                self.goes_on(slot, runs[slot].kept)
-        self._ran = {}
+                self._settle(slot, runs[slot].kept)
+        self._ran, self._going = {}, {}
         for slot in due:
             if runs[slot].kept < self.tokens[slot]:
                 raise checks.states_are_torn()
