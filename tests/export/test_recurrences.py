@@ -1,10 +1,11 @@
-"""Gated delta rules of Qwen3.5 and Qwen3-Next: on ONNX Runtime, layers of every kind dropped, against the oracle."""
+"""Recurrent states of Qwen3.5, Mamba 2 and others on both CPU engines: layers of every kind dropped, and the oracle."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import transformers
 from lora_drop_runtime import Batch, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.graph_io import MOST_PENDING
+from lora_drop_runtime.decoding.paged_states import PagedStates
 from lora_drop_runtime.decoding.request import Request
 from lora_drop_runtime.decoding.slots import Run, _RecurrentStates
 from lora_drop_runtime.errors import InputError, ModelError
@@ -28,9 +30,10 @@ from transformers import PreTrainedModel
 
 from lora_drop_export.check.verify import compare
 from lora_drop_export.checkpoint.open import open_checkpoint
-from lora_drop_export.decoder.context import is_mlp
+from lora_drop_export.decoder.context import has_row_decays, is_mlp
 from lora_drop_export.decoder.recurrences import exchange_recurrences
 from lora_drop_export.decoder.trace import trace
+from lora_drop_export.targets.target import check_recurrent
 from tests.export.test_against_oracle import PROMPTS, assert_same_run
 from tests.runtime.decoding.test_batch import interrupted
 from tests.support import oracle
@@ -40,6 +43,7 @@ from tests.support.models import build, quartered, qwen3_5, remembering, skip_wi
 LONG = [list(range(3, 3 + 40)), [5], list(range(60, 60 + 33))]
 ANY: dict[str, Any] = {"always_first": 0, "always_last": 0}
 TARGETS = ("ort", "openvino")
+SLOTS = ("slots.py", "paged_states.py")  # the ends of the names of files in which an interrupt may come
 
 
 @functools.cache
@@ -171,13 +175,14 @@ def test_oracle(make: Any) -> None:
 def test_plan(policy: str, surrogate: str, sites: tuple[str, ...], tmp_path: Path) -> None:
     """Prompts are ragged; cycles are short, and as long as the states allow."""
     options = ANY | {"drop_layers": sites, "policy": policy, "surrogate": surrogate, "rank": 2, "k": 2}
-    bundle = make_adapted_bundle(eight(), tmp_path, **options)
+    bundle = make_adapted_bundle(eight(), tmp_path, targets=TARGETS, **options)
     plan = oracle_plan(bundle, tmp_path / "adapters")
     assert "d 64, 4/2 heads, 6 layers with states of 4 × 16 × 24, convolutions over 4 tokens" in describe(bundle)[0]
-    assert compare(bundle, target="ort", threads=1).passed
-    with Session.open(bundle.root, policy=policy, threads=1) as session:
-        for prompts, k in ((PROMPTS, 2), (LONG, 3)):
-            assert_same_run(session, eight().model, plan, prompts, k)
+    for target in TARGETS:
+        assert compare(bundle, target=target, threads=1).passed
+        with Session.open(bundle.root, policy=policy, target=target, threads=1) as session:
+            for prompts, k in ((PROMPTS, 2), (LONG, 3)):
+                assert_same_run(session, eight().model, plan, prompts, k)
 
 
 @functools.cache
@@ -189,11 +194,13 @@ def traced(make: Any) -> Family:
 def test_other_family(make: Any, tmp_path: Path) -> None:
     source, sites = traced(make), ("0", "2", "3") if make in OF_HALVES else ("0", "2.attn", "3.mlp")
     options = ANY | {"drop_layers": sites, "policy": "backfill", "rank": 2, "k": 2}
-    bundle = make_adapted_bundle(source, tmp_path, **options)
+    targets = TARGETS[:1] if make in KIMI else TARGETS
+    bundle = make_adapted_bundle(source, tmp_path, targets=targets, **options)
     plan = oracle_plan(bundle, tmp_path / "adapters")
-    with Session.open(bundle.root, threads=1) as session:
-        for prompts in (PROMPTS, LONG):
-            assert_same_run(session, source.model, plan, prompts, 2)
+    for target in targets:
+        with Session.open(bundle.root, target=target, threads=1) as session:
+            for prompts in (PROMPTS, LONG):
+                assert_same_run(session, source.model, plan, prompts, 2)
 
 
 def test_experts_without_a_gate(tmp_path: Path) -> None:
@@ -225,6 +232,13 @@ def test_a_form_that_is_not_known() -> None:
         exchange_recurrences(model)
 
 
+def test_rows_that_decay_by_themselves() -> None:
+    for make in (*KIMI, qwen3_5):
+        refused = pytest.raises(InputError, match="Target openvino does not run the model's recurrent states")
+        with refused if make in KIMI else contextlib.nullcontext():
+            check_recurrent(["ort", "openvino"], "float32", None, has_row_decays(make().config))
+
+
 @pytest.mark.parametrize(
     ("make", "name", "parameter"),
     [
@@ -249,13 +263,14 @@ def test_mamba(policy: str, tmp_path: Path) -> None:
     """In integers as well: the one product that makes all of its inputs is rounded, too."""
     source, skips = traced(granite_hybrid), policy == "skip"
     sites = ("0.mlp", "2") if skips else ("0", "1.attn", "2.attn", "3.mlp")
-    bundle = make_adapted_bundle(source, tmp_path, **ANY, drop_layers=sites, policy=policy, rank=2, k=2)
+    same = ANY | {"drop_layers": sites, "policy": policy, "k": 2, "targets": TARGETS}
+    bundle = make_adapted_bundle(source, tmp_path, **same, rank=2)
     plan = oracle_plan(bundle, tmp_path / "adapters")
-    with Session.open(bundle.root, threads=1) as session:
-        assert_same_run(session, source.model, plan, LONG, 2)
-    options = ANY | {"drop_layers": sites, "policy": policy, "dtype": "int4", "block_size": 32, "k": 2}
-    rounded = make_bundle(source, tmp_path / "int4", **options)
-    assert compare(rounded, target="ort", threads=1).passed
+    rounded = make_bundle(source, tmp_path / "int4", **same, dtype="int4", block_size=32)
+    for target in TARGETS:
+        with Session.open(bundle.root, target=target, threads=1) as session:
+            assert_same_run(session, source.model, plan, LONG, 2)
+        assert compare(rounded, target=target, threads=1).passed
     assert not [one for one in rounded.manifest.quantization.get("departures", ()) if "in_proj" in one["weights"]]
 
 
@@ -368,7 +383,7 @@ def test_rows_go_on_behind_an_interrupt(count: int | None, then: str, bundle: Bu
         with (
             mock.patch.object(batch._slots, "logits", side_effect=KeyboardInterrupt)
             if count is None
-            else interrupted(count, "slots.py"),
+            else interrupted(count, SLOTS),
             contextlib.suppress(KeyboardInterrupt),
         ):
             tick()
@@ -451,15 +466,21 @@ def test_interrupted_step_can_be_repeated(k: int, bundle: Bundle) -> None:
             assert np.array_equal(session.step(token), wanted)
 
 
-def _interrupted_behind(name: str) -> Any:
-    """Let an interrupt come behind each call of a method of the states."""
-    real = getattr(_RecurrentStates, name)
+@contextlib.contextmanager
+def _interrupted_behind(name: str) -> Iterator[None]:
+    """Let an interrupt come behind each call of a method of the states, of either kind."""
 
-    def interrupted(*args: Any, **kwargs: Any) -> None:
-        real(*args, **kwargs)
-        raise KeyboardInterrupt
+    def then_interrupted(real: Any) -> Any:
+        def interrupted(*args: Any, **kwargs: Any) -> None:
+            real(*args, **kwargs)
+            raise KeyboardInterrupt
 
-    return mock.patch.object(_RecurrentStates, name, interrupted)
+        return interrupted
+
+    with contextlib.ExitStack() as stack:
+        for kind in (_RecurrentStates, PagedStates):
+            stack.enter_context(mock.patch.object(kind, name, then_interrupted(getattr(kind, name))))
+        yield
 
 
 @pytest.mark.parametrize("name", ["ready", "ran"])
@@ -489,6 +510,8 @@ def test_interrupted_tick_can_be_repeated(size: int, name: str, bundle: Bundle) 
 
 def test_a_run_in_several_calls_is_not_repeated(bundle: Bundle) -> None:
     """Each call writes over the states before the one before it: behind an interrupt the row cannot go on."""
+    if "ort" not in bundle.manifest.targets:
+        pytest.skip("over paged caches all of a run is one call")
     with Session.open(bundle.root, k=0, threads=1) as session:
         session.prefill(np.array([[7, 3, 11]]))
         states, run = session._running().slots._states, Run(StepKind.REFRESH, [5, 6], 3, 3)  # type: ignore[union-attr]
@@ -552,7 +575,9 @@ def test_most_lora_steps_of_a_row(bundle: Bundle) -> None:
 
 
 @pytest.fixture(scope="module", params=TARGETS)
-def drafting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, dict[tuple[int, ...], list[int]]]:
+def drafting(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Bundle, dict[tuple[int, ...], list[int]]]:
     """A bundle whose drafts are accepted now and then, and behind some prompts what transformers writes."""
     sharp = falcon_h1(lm_head_multiplier=200.0)  # so that drafts are sure enough
     source = traced_model(quartered(sharp))
@@ -612,7 +637,7 @@ def test_lossless_rows_go_on_behind_an_interrupt(count: int, drafting: Any) -> N
             found[batch.add(list(prompt), 30, stop_token_ids=())] = []
         for _ in range(7):
             tick()
-        with interrupted(count, ("slots.py", "drafter.py")):
+        with interrupted(count, (*SLOTS, "drafter.py")):
             for _ in range(3):
                 tick()
         while batch.rows:
@@ -646,8 +671,9 @@ def test_what_stays_of_a_lossless_stream(told: int, drafting: Any) -> None:
 def test_quantized(dtype: str, tmp_path: Path) -> None:
     """What decides how a state changes stays in float; the other products over one tensor are one."""
     options = ANY | {"drop_layers": ("1", "4", "3.mlp"), "policy": "backfill", "dtype": dtype, "block_size": 32, "k": 2}
-    bundle = make_bundle(eight(), tmp_path / "b", **options)
-    assert compare(bundle, target="ort", threads=1).passed
+    bundle = make_bundle(eight(), tmp_path / "b", targets=TARGETS, **options)
+    for target in TARGETS:
+        assert compare(bundle, target=target, threads=1).passed
     steps = onnx.load(bundle.root / "ort" / "steps.onnx", load_external_data=False)
     names = {one.name for one in steps.graph.initializer if ".4.linear_attn." in one.name and "proj" in one.name}
     shared = "model.layers.4.linear_attn.in_proj"

@@ -127,8 +127,8 @@ def test_caches_in_8_bits_of_latent_attention(export_refused, passes, monkeypatc
     ("arguments", "words"),
     [
         ("--k 33", ("Too many LoRA steps follow each other", "They are 33", "k of 32 or less")),
-        ("--target openvino", ("Target openvino does not run layers with a recurrent state", "--target ort")),
-        ("--target ort --target tensorrt-rtx", ("Target tensorrt-rtx does not run", "--target ort")),
+        ("--target openvino --dtype bf16", ("are computed in float32", "would be bfloat16", "--dtype fp32")),
+        ("--target ort --target tensorrt-rtx", ("Target tensorrt-rtx does not run", "--target ort or openvino")),
         ("--target none --dtype bf16", ("are computed in float32", "would be bfloat16", "--dtype fp32")),
         ("--kv-dtype int8", ("has no caches of 8 bits", "--kv-dtype is int8")),
         ("--drop-layers 0 --always-first 0", ("Layer 0 is named", "a short convolution or a recurrent state")),

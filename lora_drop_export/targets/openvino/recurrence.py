@@ -33,7 +33,9 @@ def _multiple(one: ExpandedRecurrence) -> ir.Value:
     return factors[0]
 
 
-def _lower_one(graph: ir.Graph, one: ExpandedRecurrence, form: Recurrence, tables: dict[str, ir.Value], dropped: bool) -> ir.Value:
+def _lower_one(
+    graph: ir.Graph, one: ExpandedRecurrence, form: Recurrence, tables: dict[str, ir.Value], dropped: bool
+) -> ir.Value:
     """Returns the new tokens' entries."""
     ops, entries = Ops(), one.entries.outputs[0]
     recent, state, present = recurrence_names(one.layer)
@@ -74,15 +76,10 @@ def lower_recurrences(graph: ir.Graph, plan: DropPlan, form: Recurrence | None) 
     """All of a graph in [batch, sequence], and the inputs and outputs that they need."""
     if form is None:
         return
-    if form.decays > 1:
-        raise ModelError(
-            "Target openvino has no recurrent states whose rows decay by themselves.",
-            note=f"A head has {form.decays} decays; OpenVINO's operator takes one.",
-            hint="Use --target ort.",
-        )
+    assert form.decays == 1, form  # check_recurrent
     found, without_attention = recurrences(graph), set(plan.dropped_attentions)
     dropped = {one.layer for one in found} & without_attention
-    sizes = {"mixed": [form.taps, "run"]}
+    sizes: dict[str, list[int | str | None]] = {"mixed": [form.taps, "run"]}
     tables = {
         name: ir.val(recurrence_table(name), ir.DataType[dtype.upper()], sizes.get(name, [f"recurrence.{name}s"]))
         for name, (dtype, _) in RECURRENCE_TABLES.items()

@@ -127,6 +127,7 @@ class TrtTarget:
     cache_dtypes: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     scales_per_head = True
     recurs = False
+    row_decays = False
 
     def form(self, options: TrtOptions) -> str:
         return options.attention or self.default_form

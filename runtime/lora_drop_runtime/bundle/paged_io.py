@@ -15,7 +15,7 @@ Enters: a drop plan. Leaves: names. The exporter declares the graph by them and 
     <group>.<window>.<table>                     the same for layers with a sliding window, or a convolution as wide: of
                                                  the last blocks alone, those that a row's new tokens can see into
     key_cache.i value_cache.i [blocks, H, 32, D] written in place; float32 here, what the engine computes in at run time
-    recurrence.<table>                           where layers have recurrent states (graph_io.py): of each row the tokens
+    recurrence.<table>                           where layers have recurrent states: of each row the tokens
                                                  that are in none yet and the new ones run, N in all
     recurrence.before         int64 [M]          the entries that the tokens before the new ones have in `recent.i`
     recurrence.mixed          int64 [K, N]       those that each of the N mixes, among these M and then the T new ones

@@ -31,7 +31,7 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
 from . import checks
 from .constraint import Constraint, forked
 from .flight import FirstState, Flight, why_single_steps
-from .kept_prefixes import PagedPrefixes, SlotPrefixes, common, prefixes_for
+from .kept_prefixes import PagedPrefixes, common, prefixes_for
 from .opening import checked_policy, open_bundle
 from .paged_slots import PagedSlots, prepare_for_several, slots_for
 from .prompts import prompt_rows
@@ -214,7 +214,9 @@ class Batch:
             cycles = "; whole cycles without the host" if self._in_cycles else ""
             return slots + f"{self._slots.nbytes / 2**20:,.1f} MiB of K/V and states{cycles}{self._why_none_kept}"
         rows = "rows" if self._prefixes is None else "rows, and with prefixes that are kept"
-        return slots + f"K/V grows with the {rows}, to at most {self._bytes_of_all() / 2**20:,.1f} MiB"
+        held = self._slots.recurrent.nbytes * (1 if self._prefixes is None else 2)  # type: ignore[union-attr]
+        states = f", beside {held / 2**20:,.1f} MiB of recurrent states" if held else ""
+        return slots + f"K/V grows with the {rows}, to at most {self._bytes_of_all() / 2**20:,.1f} MiB{states}"
 
     @property
     def slots(self) -> int:
@@ -530,7 +532,7 @@ class Batch:
         nobody goes on behind fewer tokens than states have."""
         row = self._rows[slot]
         self._slots.goes_on(slot, row.kept)
-        if row.kept == row.parts and isinstance(self._prefixes, SlotPrefixes):
+        if row.kept == row.parts and self._prefixes is not None:
             row.parts = 0
             if len(row.exact) == row.kept:
                 self._prefixes.leave(slot, row.exact, len(self._rows))

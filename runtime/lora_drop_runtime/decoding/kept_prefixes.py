@@ -36,11 +36,12 @@ def common(one: Ids, other: Ids) -> int:
 @dataclass(eq=False)
 class Kept(Generic[Place]):
     """What a row has left, mostly at its end: tokens [n], and the place of their K/V; whether it stays for others where
-    one goes on behind all of it."""
+    one goes on behind all of it; and, beside blocks, where its recurrent states are."""
 
     tokens: Ids
     place: Place
     stays: bool = False
+    states: int = 0
 
 
 class Prefixes(ABC, Generic[Place]):
@@ -110,6 +111,14 @@ class Prefixes(ABC, Generic[Place]):
             self._store(slot, tokens, rows)
 
     @abstractmethod
+    def leave(self, slot: int, tokens: Ids, rows: int) -> None:
+        """Let a row that runs leave a copy of its entries, which are of these tokens, where there is a place for them.
+
+        Args:
+            rows: so many are in the first slots.
+        """
+
+    @abstractmethod
     def _store(self, slot: int, tokens: Ids, rows: int) -> None:
         """`keep` of what is not there yet."""
 
@@ -121,7 +130,8 @@ class Prefixes(ABC, Generic[Place]):
 
 
 class PagedPrefixes(Prefixes[RowBlocks]):
-    """Blocks that rows share. Those that are full nobody writes to any more; the entries behind them are copied.
+    """Blocks that rows share. Those that are full nobody writes to any more; the entries behind them are copied, and so
+    are recurrent states, of which as many are kept as there are slots.
 
     Args:
         most: bytes that all blocks may take. Those that only rows that are over have go first, the end of the text that
@@ -129,8 +139,8 @@ class PagedPrefixes(Prefixes[RowBlocks]):
     """
 
     def __init__(self, slots: PagedSlots, most: int) -> None:
-        super().__init__()
-        self._slots, self._most = slots, most
+        super().__init__(of_all=not slots.have_recurrent_states)
+        self._slots, self._most, self._aside = slots, most, slots.states_aside()
         shorten = weakref.WeakMethod(self._shorten_first)  # no cycle: the memory goes when a batch is closed
         slots.most_bytes, slots.shorten = most, lambda: (found := shorten()) is not None and found()
 
@@ -143,7 +153,7 @@ class PagedPrefixes(Prefixes[RowBlocks]):
     def _see_enough(self, place: int | Kept[RowBlocks], count: int) -> bool:
         if isinstance(place, int):  # which has no row where an interrupt came as it moved
             return self._slots.goes_back(place, count, count)
-        return self._slots.see_enough(place.place.blocks, count, count)
+        return self._aside.goes_back(place.states, count) and self._slots.see_enough(place.place.blocks, count, count)
 
     def have_room(self, new: Sequence[tuple[Mapping[str, int], int | None, Ids]], running: Sequence[Ids]) -> bool:
         """Whether rows may begin that need such slots and have such tokens, whatever has to go of rows that are over.
@@ -171,7 +181,7 @@ class PagedPrefixes(Prefixes[RowBlocks]):
         """What a row begins with beside rows that begin before it: what `longest` finds, if need be without what is
         copied. None where there is no room: with what windows see of it a row may need more than it needs alone."""
         count, source = self.longest(tokens, running)
-        for entries in (count, count - count % self._slots.block_slots):
+        for entries in (count, count - count % self._slots.block_slots)[: 1 + self.of_all]:
             new = Beginning(slots, back, self._blocks(source), entries)
             has_room = self._slots.bytes_with(len(running), [*beside, new]) <= self._most
             if has_room and self._slots.see_enough(new.blocks, entries, entries):
@@ -195,6 +205,10 @@ class PagedPrefixes(Prefixes[RowBlocks]):
             self._slots.admit(slot, slots, back, taken.blocks, count)
             if rest:
                 self._slots.copy_block(taken.blocks, slot, full)
+            if isinstance(source, Kept):
+                self._slots.recurrent.copy(self._aside, source.states, slot, count)
+            elif source is not None:
+                self._slots.recurrent.copy(self._slots.recurrent, source, slot, count)
         finally:
             taken.release()
         return count
@@ -216,8 +230,19 @@ class PagedPrefixes(Prefixes[RowBlocks]):
         else:
             self._drop(one)
 
+    def leave(self, slot: int, tokens: Ids, rows: int) -> None:
+        if all(not np.array_equal(one.tokens, tokens) for one in self._kept):
+            self._store(slot, tokens, rows)
+
     def _store(self, slot: int, tokens: Ids, rows: int) -> None:
-        self._kept = [*self._kept, Kept(tokens, self._slots.shared(self._slots.blocks(slot), len(tokens)))]
+        place = 0
+        if not self.of_all:
+            if len(self._kept) == self._slots.count:
+                self._drop(self._kept[0])
+            place = min({*range(self._slots.count)} - {one.states for one in self._kept})
+            self._aside.copy(self._slots.recurrent, slot, place, len(tokens))
+        blocks = self._slots.shared(self._slots.blocks(slot), len(tokens))
+        self._kept = [*self._kept, Kept(tokens, blocks, states=place)]
 
     def _drop(self, one: Kept[RowBlocks]) -> None:
         super()._drop(one)
@@ -264,11 +289,6 @@ class SlotPrefixes(Prefixes[int]):
         return count
 
     def leave(self, slot: int, tokens: Ids, rows: int) -> None:
-        """Let a row that runs leave a copy of its entries, which are of these tokens, where a slot is free.
-
-        Args:
-            rows: so many are in the first slots.
-        """
         again = next((one for one in self._kept if np.array_equal(one.tokens, tokens)), None)
         if again is not None:
             again.stays = True
@@ -317,6 +337,6 @@ def prefixes_for(
         most: bytes that the blocks of paged caches may take.
     """
     if isinstance(slots, PagedSlots):
-        return None if slots.have_recurrent_states else PagedPrefixes(slots, most)
+        return PagedPrefixes(slots, most)
     on_host = engine.many_requests and not engine.runs_cycles
     return SlotPrefixes(slots, count) if on_host else None

@@ -65,11 +65,12 @@ class PagedSlots:
     Attributes:
         most_bytes: below which rows rather take new blocks than lay what they write into those that they do not need
             any more, which others may begin with.
+        recurrent: the rows' recurrent states.
         shorten: gives up a block of what rows that are over have left; whether there was any.
     """
 
     def __init__(self, bundle: Bundle, engine: PagedEngine, count: int, several: bool, chunk: int) -> None:
-        self._bundle, self._engine, self._count, self._several = bundle, engine, count, several
+        self._bundle, self._engine, self.count, self._several = bundle, engine, count, several
         self._chunk, self.most_bytes = chunk, 0
         self.shorten: Callable[[], bool] = lambda: False
         self._plan = bundle.manifest.plan
@@ -79,8 +80,8 @@ class PagedSlots:
         self._steps = engine.steps(several)
         self._rows: list[RowBlocks | None] = [None] * count
         self._states = np.zeros(engine.states_shape(count), np.float32)
-        self._recurrent = PagedStates(bundle.manifest, count, self._steps.output)
-        self._steps.hold(self._recurrent.arrays)
+        self.recurrent = PagedStates(bundle.manifest, count, self._steps.output)
+        self._steps.hold(self.recurrent.arrays)
         model, layers = bundle.manifest.model, (self._plan.kept_attentions, self._plan.dropped_attentions)
         self._forgetful = [  # pools, whether of dropped layers, and bytes of the entries of a block
             (number, group, self._size * model.token_kv_bytes([i for i in layers[group] if model.windows[i] == window]))
@@ -99,12 +100,16 @@ class PagedSlots:
     @property
     def have_recurrent_states(self) -> bool:
         """As of `Slots`."""
-        return bool(self._recurrent)
+        return bool(self.recurrent)
 
     @property
     def most_lora_steps(self) -> int | None:
         """As of `Slots`."""
-        return MOST_PENDING if self._recurrent else None
+        return MOST_PENDING if self.recurrent else None
+
+    def states_aside(self) -> PagedStates:
+        """Places for recurrent states of as many rows, which no call reads."""
+        return PagedStates(self._bundle.manifest, self.count, self._steps.output)
 
     # ── whose blocks ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -147,7 +152,7 @@ class PagedSlots:
         self.release(slot)
         begun = entries // self._size
         counts, shared = self._counts(slots, back, begun), [own[:begun] for own in blocks] or None
-        self._recurrent.begin(slot)
+        self.recurrent.begin(slot)
         self._rows[slot] = row = RowBlocks(self._engine, counts, shared, back)
         if back is not None:
             row.needed = self._first_seen(entries, entries)
@@ -160,7 +165,7 @@ class PagedSlots:
 
     def release_behind(self, rows: int) -> None:
         """None but the first rows have anything."""
-        for slot in range(rows, self._count):
+        for slot in range(rows, self.count):
             self.release(slot)
 
     def wipe(self, slot: int) -> None:
@@ -171,7 +176,7 @@ class PagedSlots:
         if self._rows[source] is not None:
             self.release(target)
             self._states[:, target] = self._states[:, source]
-            self._recurrent.copy(self._recurrent, source, target, kept)
+            self.recurrent.copy(self.recurrent, source, target, kept)
             self._rows[target], self._rows[source] = self._rows[source], None
 
     def copy(self, other: PagedSlots, source: int, target: int, kept: int, dropped: int) -> None:
@@ -187,13 +192,13 @@ class PagedSlots:
             before, here[:shared] = here[:shared], there[:shared]
             pool.give_back(held(before))
         self._states[:, target] = other._states[:, source]
-        self._recurrent.copy(other._recurrent, source, target, kept)
+        self.recurrent.copy(other.recurrent, source, target, kept)
 
     def fork(
         self, engine: PagedEngine, slots: Mapping[str, int], kept: Sequence[int], dropped: Sequence[int]
     ) -> PagedSlots:
         """As `Slots.fork`; blocks are shared until a row writes to them."""
-        new = PagedSlots(self._bundle, engine, self._count, self._several, self._chunk)
+        new = PagedSlots(self._bundle, engine, self.count, self._several, self._chunk)
         for row, valid in enumerate(zip(kept, dropped, strict=True)):
             new.admit(row, slots, self._row(row).back)
             new.copy(self, row, row, *valid)
@@ -244,11 +249,11 @@ class PagedSlots:
         """Whether there is a row that may go on behind so many of its entries."""
         row = self._rows[slot]
         seen = row is not None and self.see_enough(row.blocks, kept, dropped)
-        return seen and self._recurrent.goes_back(slot, kept)
+        return seen and self.recurrent.goes_back(slot, kept)
 
     def goes_on(self, slot: int, kept: int) -> None:
         """A row goes on behind so many entries: what lies behind them is written over."""
-        self._recurrent.goes_on(slot, kept)
+        self.recurrent.goes_on(slot, kept)
 
     def shared(self, blocks: Sequence[Sequence[int]], entries: int) -> RowBlocks:
         """The same blocks, as far as they hold so many entries, for another one who has them."""
@@ -321,7 +326,7 @@ class PagedSlots:
         return self._allocated() + self._states.nbytes
 
     def _allocated(self) -> int:
-        found = self._recurrent.nbytes
+        found = self.recurrent.nbytes
         for number, pool in enumerate(self._engine.pools):
             blocks = {block for row in self._rows if row is not None for block in held(row.blocks[number])}
             found += len(blocks) * pool.block_bytes
@@ -350,8 +355,8 @@ class PagedSlots:
             once, held: as of `Slots`.
         """
         order = sorted(due)
-        if self._recurrent:
-            self._recurrent.ready(kind, runs, due)
+        if self.recurrent:
+            self.recurrent.ready(kind, runs, due)
         chosen, rows = [runs[slot] for slot in order], [self._rows[slot] for slot in order]
         writes_dropped = kind is StepKind.REFRESH or self._fills
         # Nobody reads what dropped attentions make of a LoRA step's zeros: they see the block that is written alone
@@ -374,16 +379,16 @@ class PagedSlots:
             for table, (group, _), own in zip(tables, self._engine.table_groups, self._spare_blocks(), strict=True):
                 table.append((0, padding if writes_dropped or not group else 0, own))
         sizes = tuple(sum(len(own) for _, _, own in group) for group in tables)
-        recurrence = self._recurrent.sizes(order, chosen)
+        recurrence = self.recurrent.sizes(order, chosen)
         feed = self._steps.feed(kind, tokens + padding, sum(wanted), (len(order), len(chosen)), sizes, recurrence)
         self._fill(feed, chosen, len(order), tables)
-        will_have_run = self._recurrent.fill(feed.recurrence, kind, order, chosen)
+        will_have_run = self.recurrent.fill(feed.recurrence, kind, order, chosen)
         if self._plan.has_state:
             feed.states[...] = self._states[:, order]
         self._copied = None
         self._latest = order, wanted, len(runs)
         self._steps.run()
-        self._recurrent.ran(will_have_run)
+        self.recurrent.ran(will_have_run)
         self._updates = kind is StepKind.LORA and bool(self._plan.updated_states)
         if self._plan.has_state and kind is StepKind.REFRESH:
             self._states[:, order] = self._steps.states()

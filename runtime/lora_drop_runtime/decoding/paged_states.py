@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lora_drop_runtime.bundle.graph_io import MOST_PENDING, Recurrence
+from lora_drop_runtime.bundle.graph_io import MOST_PENDING
 from lora_drop_runtime.bundle.manifest import Manifest
 from lora_drop_runtime.bundle.paged_io import recurrence_names
 from lora_drop_runtime.plan.schedule import StepKind
@@ -104,9 +104,9 @@ class PagedStates:
             raise checks.states_are_torn()
         if ran is None:
             return
-        if ran.begun < kept and not ran.counts_whole(kept):
-            if ran.end - ran.held > ran.begun or kept - self.tokens[slot] > MOST_PENDING:
-                raise checks.states_are_torn()
+        lacks_any = ran.end - ran.held > ran.begun or kept - self.tokens[slot] > MOST_PENDING
+        if lacks_any and ran.begun < kept and not ran.counts_whole(kept):
+            raise checks.states_are_torn()
         self._going[slot] = kept
 
     def _settle(self, slot: int, kept: int) -> None:
@@ -142,6 +142,7 @@ class PagedStates:
             return
         other._settle(source, kept)
         self._ran.pop(target, None)
+        self._going.pop(target, None)
         size, side = self._form.recent, self._sides[target]
         theirs = other._entries[:, source * size : (source + 1) * size]
         self._entries[:, target * size : (target + 1) * size] = theirs
@@ -186,7 +187,9 @@ class PagedStates:
             del found["dropped"]
         return found
 
-    def fill(self, tables: Mapping[str, npt.NDArray[np.int64]], kind: StepKind, order: Sequence[int], runs: Sequence[Run]) -> dict[int, _Ran]:
+    def fill(
+        self, tables: Mapping[str, npt.NDArray[np.int64]], kind: StepKind, order: Sequence[int], runs: Sequence[Run]
+    ) -> dict[int, _Ran]:
         """Write what a call reads; returns what it will have run."""
         form = self._form
         if form is None:

@@ -83,11 +83,11 @@ def _wanted(
             inputs |= dict.fromkeys(cache_names([layer]), cache)
     outputs: dict[str, list[int | None]] = {"logits": [1, None, model.vocab_size]}
     form = model.recurrence
-    for layer in model.recurrent_layers if form is not None else ():
-        recent, state, present = recurrence_names(layer)
-        inputs |= {recent: [None, form.entry], state: [None, form.heads, form.value_dim, form.key_dim]}
-        outputs[present] = [1, None, form.entry]
     if form is not None:
+        for layer in model.recurrent_layers:
+            recent, state, present = recurrence_names(layer)
+            inputs |= {recent: [None, form.entry], state: [None, form.heads, form.value_dim, form.key_dim]}
+            outputs[present] = [1, None, form.entry]
         tables: dict[str, list[int | None]] = {name: [None] * rank for name, (_, rank) in RECURRENCE_TABLES.items()}
         tables["mixed"][0] = form.taps
         dropped = {*plan.dropped_attentions}

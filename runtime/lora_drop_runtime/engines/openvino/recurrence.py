@@ -1,8 +1,8 @@
 """Recurrent states in a table, of which each row reads one place and writes another.
 
-OpenVINO's operators for that are in no opset (2026.4), and Python cannot make them. Its own transformation makes them of
-a loop in a form that it knows, in a model with an attention; from there a node is taken and given other inputs. A row
-without tokens writes nothing.
+OpenVINO's operators for that are in no opset (2026.4), and Python cannot make them. Its own transformation makes them
+of a loop in a form that it knows, in a model with an attention; from there a node is taken and given other inputs. A
+row without tokens writes nothing.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ def directions(node: Node, widened: Callable[[Any], Any]) -> list[Output]:
     query, key = (_swish(op.reshape(part, ints([-1, key_heads, key_dim]), False)) for part in (query, key))
     if is_delta:
         query, key = (
-            op.divide(part, op.sqrt(op.add(op.reduce_sum(op.power(part, _constant(2)), ints([2]), True), _constant(_NORM_EPS))))
+            op.divide(
+                part,
+                op.sqrt(op.add(op.reduce_sum(op.power(part, _constant(2)), ints([2]), True), _constant(_NORM_EPS))),
+            )
             for part in (query, key)
         )
     value = _swish(op.reshape(value, ints([-1, heads, value_dim]), False))
@@ -132,7 +135,9 @@ class _Loop:
 def _delta_loop(made: Callable[[list[int]], Any], state: Any, sizes: tuple[int, int, int, int]) -> Any:
     """The gated delta rule as OpenVINO knows it (fuse_gated_delta_net.cpp)."""
     heads, _, key_dim, value_dim = sizes
-    query, key, value = (op.transpose(made([heads, size]), ints([0, 2, 1, 3])) for size in (key_dim, key_dim, value_dim))
+    query, key, value = (
+        op.transpose(made([heads, size]), ints([0, 2, 1, 3])) for size in (key_dim, key_dim, value_dim)
+    )
     gate, beta = (op.transpose(made([heads]), ints([0, 2, 1])) for _ in range(2))
     root = op.power(op.convert(op.gather(op.shape_of(query), ints(3), ints(0)), "f32"), _constant(0.5))
     loop = _Loop(2, value)
@@ -165,9 +170,7 @@ def _selective_loop(made: Callable[[list[int]], Any], state: Any, sizes: tuple[i
         for _ in range(2)
     )
     decay = op.reshape(op.exp(op.multiply(a, step)), ints([0, 0, heads, 1, 1]), True)
-    added = op.multiply(
-        op.unsqueeze(op.multiply(op.unsqueeze(step, ints(-1)), b), ints(-2)), op.unsqueeze(x, ints(-1))
-    )
+    added = op.multiply(op.unsqueeze(op.multiply(op.unsqueeze(step, ints(-1)), b), ints(-2)), op.unsqueeze(x, ints(-1)))
     loop = _Loop(1, x)
     one_decay = op.parameter([-1, 1, heads, 1, 1], np.float32)
     one_added = op.parameter([-1, 1, heads, value_dim, key_dim], np.float32)
@@ -190,7 +193,9 @@ def _paged_node(is_delta: bool, sizes: tuple[int, int, int, int]) -> Any:
 
     width, head = 1, 32
     heads, _, key_dim, value_dim = sizes
-    ids, mask, positions = (_parameter(name, [-1, -1], np.int64) for name in ("input_ids", "attention_mask", "position_ids"))
+    ids, mask, positions = (
+        _parameter(name, [-1, -1], np.int64) for name in ("input_ids", "attention_mask", "position_ids")
+    )
     beams = _parameter("beam_idx", [-1], np.int32)
     table = op.constant(np.zeros((2, width), np.float32))
     hidden = op.gather(table, op.convert(ids, "i32"), ints(0))

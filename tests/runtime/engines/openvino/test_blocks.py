@@ -506,9 +506,9 @@ def test_a_lora_step_that_fills_sees_the_block_that_it_writes_alone(
     tables: list[tuple[StepKind, dict[tuple[int, int], int]]] = []  # step, blocks of each group
     plain = Steps.feed
 
-    def feed(self: Steps, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: Any) -> Any:
-        tables.append((kind, dict(zip(self._engine.table_groups, blocks, strict=True))))
-        return plain(self, kind, tokens, wanted, rows, blocks)
+    def feed(self: Steps, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], *rest: Any) -> Any:
+        tables.append((kind, dict(zip(self._engine.table_groups, rest[0], strict=True))))
+        return plain(self, kind, tokens, wanted, rows, *rest)
 
     monkeypatch.setattr(Steps, "feed", feed)
     sessions = both(bundle, policy="fill")
