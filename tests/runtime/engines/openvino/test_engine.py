@@ -89,7 +89,7 @@ RAGGED = [([1, 90, 7], 3, 1, 0), ([3], 2, 1, 1), ([64, 2, 33, 5], 4, 2, 2), ([10
 
 def check_feed(engine: OpenVinoEngine) -> None:
     """All inputs of the graph but caches are written before a call, in the graph's types."""
-    feed = Feed(StepKind.LORA, 3, 2, (2, 2), (4, 2), engine.states_shape(2), engine.table_groups)
+    feed = Feed(StepKind.LORA, 3, 2, (2, 2), (4, 2), engine.states_shape(2), engine.table_groups, {})
     for port in engine.compiled.model.inputs:
         (name,) = port.names
         if "_cache." not in name:
