@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import onnx_ir as ir
 from lora_drop_runtime.bundle.graph_io import GATED_DELTA, Recurrence
-from lora_drop_runtime.bundle.paged_io import DOMAIN, RECURRENCE_TABLES, recurrence_names, recurrence_table
+from lora_drop_runtime.bundle.paged_io import (
+    DOMAIN,
+    DROPPED_TABLE,
+    RECURRENCE_TABLES,
+    recurrence_names,
+    recurrence_tables,
+)
 from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
@@ -35,12 +41,14 @@ def _multiple(one: ExpandedRecurrence) -> ir.Value:
 
 def _lower_one(
     graph: ir.Graph, one: ExpandedRecurrence, form: Recurrence, tables: dict[str, ir.Value], dropped: bool
-) -> ir.Value:
-    """Returns the new tokens' entries."""
+) -> list[ir.Value]:
+    """Returns the new tokens' entries, and what the rule gives of states."""
     ops, entries = Ops(), one.entries.outputs[0]
-    recent, state, present = recurrence_names(one.layer)
+    recent, state, present_recent, present_state = recurrence_names(one.layer)
+    is_delta = form.rule == GATED_DELTA
+    sizes = (form.key_dim, form.value_dim) if is_delta else (form.value_dim, form.key_dim)
     ring = ir.val(recent, ir.DataType.FLOAT, ["recent", form.entry])
-    states = ir.val(state, ir.DataType.FLOAT, ["states", form.heads, form.value_dim, form.key_dim])
+    states = ir.val(state, ir.DataType.FLOAT, ["states", form.heads, *sizes])
     graph.inputs.extend([ring, states])
     entries.shape = ir.Shape([1, "tokens", form.entry])
     before = ops("Gather", ring, tables["before"], axis=0)
@@ -53,11 +61,22 @@ def _lower_one(
     of_heads = [form.key_heads, form.key_dim], [form.key_heads, form.key_dim], [form.heads, form.value_dim]
     for value, shape in zip(directed.outputs, (*of_heads, [form.heads], [form.heads]), strict=True):
         value.type, value.shape = _FLOAT, ir.Shape(["run", *shape])
-    begins = tables["dropped" if dropped else "begins"]
-    read = [*directed.outputs, states, begins, *(tables[name] for name in ("states", "places", "past", "interval"))]
-    if form.rule != GATED_DELTA:
-        read.append(_multiple(one))
-    result = ops("Rule", *read, domain=DOMAIN, rule=form.rule)
+
+    prefix = DROPPED_TABLE if dropped else ""
+
+    def read(*names: str) -> list[ir.Value]:
+        return [tables[prefix + name if prefix + name in tables else name] for name in names]
+
+    if is_delta:
+        given = [*directed.outputs, states, *read("rows", "grid")]
+        rule = ir.node("DeltaRule", given, domain=DOMAIN, num_outputs=2)
+        left = rule.outputs[1]
+        left.name, left.type, left.shape = present_state, _FLOAT, ir.Shape(["rows", *states.shape[1:]])  # type: ignore[index]
+    else:
+        given = [*directed.outputs, states, *read("begins", "states", "places", "past", "interval"), _multiple(one)]
+        rule = ir.node("SelectiveRule", given, domain=DOMAIN)
+    ops.nodes.append(rule)
+    result = rule.outputs[0]
     result.name = f"{RULE}{one.layer}"
     result.type, result.shape = _FLOAT, ir.Shape(["run", form.heads, form.value_dim])
     out = ops("Gather", result, tables["new"], axis=0)
@@ -67,9 +86,9 @@ def _lower_one(
     replace_node(graph, one.mixed, ops, ops("Reshape", out, ops.ints([1, -1, form.heads * form.value_dim])))
     held = Ops()
     wanted = held("Gather", entries, tables["held"], axis=1)
-    wanted.name, wanted.type, wanted.shape = present, _FLOAT, ir.Shape([1, "held", form.entry])
+    wanted.name, wanted.type, wanted.shape = present_recent, _FLOAT, ir.Shape([1, "held", form.entry])
     graph.insert_after(one.entries, held.nodes)
-    return wanted
+    return [wanted, *rule.outputs[1:]]
 
 
 def lower_recurrences(graph: ir.Graph, plan: DropPlan, form: Recurrence | None) -> None:
@@ -77,13 +96,15 @@ def lower_recurrences(graph: ir.Graph, plan: DropPlan, form: Recurrence | None) 
     if form is None:
         return
     assert form.decays == 1, form  # check_recurrent
-    found, without_attention = recurrences(graph), set(plan.dropped_attentions)
-    dropped = {one.layer for one in found} & without_attention
-    sizes: dict[str, list[int | str | None]] = {"mixed": [form.taps, "run"]}
+    found = recurrences(graph)
+    dropped = {one.layer for one in found} & set(plan.dropped_attentions)
+    shapes: dict[str, list[int | str | None]] = {"mixed": [form.taps, "run"]}
+    shapes |= {"grid": [2], f"{DROPPED_TABLE}grid": [2]}
+    ports = recurrence_tables(form.rule, len(dropped) < len(found), bool(dropped))
     tables = {
-        name: ir.val(recurrence_table(name), ir.DataType[dtype.upper()], sizes.get(name, [f"recurrence.{name}s"]))
-        for name, (dtype, _) in RECURRENCE_TABLES.items()
-        if dropped or name != "dropped"
+        name: ir.val(port, ir.DataType[RECURRENCE_TABLES[form.rule][name][0].upper()], shapes.get(name, [port]))
+        for name, port in ports.items()
     }
     graph.inputs.extend(tables.values())
-    graph.outputs.extend([_lower_one(graph, one, form, tables, one.layer in dropped) for one in found])
+    for one in found:
+        graph.outputs.extend(_lower_one(graph, one, form, tables, one.layer in dropped))

@@ -16,22 +16,30 @@ Enters: a drop plan. Leaves: names. The exporter declares the graph by them and 
                                                  the last blocks alone, those that a row's new tokens can see into
     key_cache.i value_cache.i [blocks, H, 32, D] written in place; float32 here, what the engine computes in at run time
     recurrence.<table>                           where layers have recurrent states: of each row the tokens
-                                                 that are in none yet and the new ones run, N in all
+                                                 that are in none yet and the new ones run, N in all; by the delta rule
+                                                 with padding, of which nothing comes, N = b · L
     recurrence.before         int64 [M]          the entries that the tokens before the new ones have in `recent.i`
     recurrence.mixed          int64 [K, N]       those that each of the N mixes, among these M and then the T new ones
     recurrence.new            int64 [T]          places of the new ones among the N
     recurrence.held           int64 [n]          new tokens whose entries are wanted
+    by the delta rule:
+    recurrence.grid           int64 [2]          b and L
+    recurrence.rows           int64 [b]          places in `state.i` of the states that rows begin with
+    recurrence.dropped_grid, dropped_rows        the same for dropped layers; no row in a LoRA step
+    by that of Mamba 2:
     recurrence.begins         int32 [b + 1]      where each row's begin among the N
-    recurrence.dropped        int32 [b + 1]      the same for dropped layers: none in a LoRA step
+    recurrence.dropped_begins int32 [b + 1]      the same for dropped layers: none in a LoRA step
     recurrence.states         int32 [2 b]        places of a row's states in `state.i`: that it reads, that it writes
     recurrence.places         int32 [b + 1]      where those begin, 0, 2, ..
     recurrence.past, recurrence.interval         int32 [b], zeros, and more than any row's tokens
     recent.i                  [slots, E]         entries of each row's last tokens; read
-    state.i                   [states, H, Dv, Dk] written in place, but for rows without tokens
+    state.i                   [states, H, Dk, Dv] read, by the delta rule
+                              [states, H, Dv, Dk] written in place, but for rows without tokens, by that of Mamba 2
 
     logits                    float32 [1, R, V]
     present_states            [states, b, d]
     present_recent.i          [1, n, E]          the new tokens' entries; of dropped layers in a refresh
+    present_recurrence.i      [b, H, Dk, Dv]     by the delta rule: what the N tokens make of the states
 
 A LoRA step has one token a row; dropped layers get none then, but under `fill`.
 """
@@ -39,6 +47,8 @@ A LoRA step has one token a row; dropped layers get none then, but under `fill`.
 from __future__ import annotations
 
 from collections.abc import Iterable
+
+from .graph_io import GATED, GATED_DELTA
 
 DOMAIN = "lora_drop"
 # Its nodes: inputs, attributes
@@ -62,24 +72,20 @@ DOMAIN = "lora_drop"
 #   Directions      entries [1, T, E], those before [M, E], mixed [K, N], taps [W, 1, K] [, bias [W]]; rule, heads,
 #                   key_heads, key_dim, value_dim (bundle/graph_io.py): gives q, k [N, Hk, Dk], v [N, H, Dv], decays and
 #                   β [N, H]
-#   Rule            those five, states, the tables behind `begins` [, A [H], of which decays are the multiple β]; rule:
-#                   gives [N, H, Dv]
+#   DeltaRule       those five, states, rows, grid: gives [N, H, Dv] and what becomes of the states
+#   SelectiveRule   those five, states, the tables behind `begins`, A [H], of which decays are the multiple β: gives
+#                   [N, H, Dv]
 BLOCK = 32  # slots of a block; the operator's own
 GROUPS = ("kept", "dropped")
 TABLES = ("past_lens", "begins", "blocks", "block_begins", "longest")
 LORA_STEP, POSITIONS, LAST_TOKENS = "lora_step", "positions", "last_tokens"
-RECURRENCE_TABLES = {  # → dtype, dimensions
-    "before": ("int64", 1),
-    "mixed": ("int64", 2),
-    "new": ("int64", 1),
-    "held": ("int64", 1),
-    "begins": ("int32", 1),
-    "dropped": ("int32", 1),
-    "states": ("int32", 1),
-    "places": ("int32", 1),
-    "past": ("int32", 1),
-    "interval": ("int32", 1),
+_OF_ENTRIES = {"before": ("int64", 1), "mixed": ("int64", 2), "new": ("int64", 1), "held": ("int64", 1)}
+RECURRENCE_TABLES = {  # by the rule → dtype, dimensions
+    GATED_DELTA: _OF_ENTRIES | dict.fromkeys(("grid", "rows", "dropped_grid", "dropped_rows"), ("int64", 1)),
+    GATED: _OF_ENTRIES
+    | dict.fromkeys(("begins", "dropped_begins", "states", "places", "past", "interval"), ("int32", 1)),
 }
+DROPPED_TABLE = "dropped_"  # begins the names of those that dropped layers read in the place of others
 PAST_STATES, PRESENT_STATES = "past_states", "present_states"
 
 
@@ -101,11 +107,18 @@ def cache_names(layers: Iterable[int]) -> list[str]:
     return [f"{part}_cache.{layer}" for layer in layers for part in ("key", "value")]
 
 
-def recurrence_table(name: str) -> str:
-    """The input with one of `RECURRENCE_TABLES`."""
-    return f"recurrence.{name}"
+def recurrence_tables(rule: str, kept: bool, dropped: bool) -> dict[str, str]:
+    """Those of `RECURRENCE_TABLES` that a graph reads → its inputs.
+
+    Args:
+        kept, dropped: whether it has such layers with a recurrent state.
+    """
+    every = RECURRENCE_TABLES[rule]
+    of_dropped = {name for name in every if name.startswith(DROPPED_TABLE)}
+    unread = (set() if dropped else of_dropped) | (set() if kept else {one[len(DROPPED_TABLE) :] for one in of_dropped})
+    return {name: f"recurrence.{name}" for name in every if name not in unread}
 
 
-def recurrence_names(layer: int) -> tuple[str, str, str]:
-    """Of a layer's recurrent state: the inputs with entries and states, and the output with new entries."""
-    return f"recent.{layer}", f"state.{layer}", f"present_recent.{layer}"
+def recurrence_names(layer: int) -> tuple[str, str, str, str]:
+    """Of a layer's recurrent state: the inputs with entries and states, and the outputs with new ones."""
+    return f"recent.{layer}", f"state.{layer}", f"present_recent.{layer}", f"present_recurrence.{layer}"

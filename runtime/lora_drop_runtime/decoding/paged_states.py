@@ -1,22 +1,28 @@
 """Recurrent states of rows whose caches are paged, and the entries of their last tokens.
 
 Enters: what rows run, and behind how many tokens. Leaves: which entries and states a call reads and where it writes
-(bundle/paged_io.py). A row has two places in the table of states: a refresh reads one and writes the other. What a call
-has made of entries and states counts as soon as it is known behind how many tokens the row goes on; until then those
-before it are as they were, so that the same tokens can run again, or fewer of them count.
+(bundle/paged_io.py). A row has two places in the table of states, and begins with one of them: the other is for what
+its next refresh makes of it, which the call writes there, or gives. What a call has made of entries and states counts
+as soon as it is known behind how many tokens the row goes on; until then those before it are as they were, so that the
+same tokens can run again, or fewer of them count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from lora_drop_runtime.bundle.graph_io import MOST_PENDING
+from lora_drop_runtime.bundle.graph_io import GATED_DELTA, MOST_PENDING
 from lora_drop_runtime.bundle.manifest import Manifest
-from lora_drop_runtime.bundle.paged_io import recurrence_names
+from lora_drop_runtime.bundle.paged_io import (
+    DROPPED_TABLE,
+    RECURRENCE_TABLES,
+    recurrence_names,
+    recurrence_tables,
+)
 from lora_drop_runtime.plan.schedule import StepKind
 
 from . import checks
@@ -30,11 +36,13 @@ class _Ran(NamedTuple):
     """What the latest call has run of a row.
 
     Attributes:
+        row: its number in the call.
         begun, end: tokens of the row before it and after it.
         first, held: the place of its first entry among those that the call gives, and how many are its own.
     """
 
     kind: StepKind
+    row: int
     begun: int
     end: int
     first: int
@@ -59,10 +67,11 @@ class PagedStates:
         model, dropped = manifest.model, set(manifest.plan.dropped_attentions)
         self._form, self._output = model.recurrence, output
         self._layers = sorted(model.recurrent_layers) if self._form is not None else []
-        self._has_dropped = not dropped.isdisjoint(self._layers)
         fills = manifest.plan.refresh_policy.fills
+        self._is_delta = self._form is not None and self._form.rule == GATED_DELTA
         self._always = [fills or layer not in dropped for layer in self._layers]  # whether LoRA steps give entries
         self.tokens, self._sides = [0] * count, [0] * count
+        self._length = 0  # of rows in a call, with padding
         self._ran: dict[int, _Ran] = {}
         self._going: dict[int, int] = {}  # behind how many tokens rows of the latest call go on, as far as it is known
         self.arrays: dict[str, Array] = {}
@@ -71,9 +80,12 @@ class PagedStates:
         form, layers = self._form, len(self._layers)
         # The last entry stands for those before a row's first token: zeros
         self._entries = np.zeros((layers, count * form.recent + 1, form.entry), np.float32)
-        self._states = np.zeros((layers, 2 * count, form.heads, form.value_dim, form.key_dim), np.float32)
+        sizes = (form.key_dim, form.value_dim) if self._is_delta else (form.value_dim, form.key_dim)
+        self._states = np.zeros((layers, 2 * count, form.heads, *sizes), np.float32)
         self._names = [recurrence_names(layer) for layer in self._layers]
-        for (recent, state, _), entries, states in zip(self._names, self._entries, self._states, strict=True):
+        of_dropped = dropped.intersection(self._layers)
+        self._tables = recurrence_tables(form.rule, len(of_dropped) < layers, bool(of_dropped))
+        for (recent, state, *_), entries, states in zip(self._names, self._entries, self._states, strict=True):
             self.arrays |= {recent: entries, state: states}
 
     def __bool__(self) -> bool:
@@ -119,9 +131,13 @@ class PagedStates:
         if end > known:
             places = [slot * form.recent + token % form.recent for token in range(known, end)]
             sources = slice(ran.first, ran.first + end - known)
-            for number, (_, _, present) in enumerate(self._names):
+            for number, (_, _, present, _) in enumerate(self._names):
                 if self._always[number] or ran.kind is StepKind.REFRESH:
                     self._entries[number, places] = self._output(present)[0, sources]
+        if self._is_delta and ran.counts_whole(kept):
+            place = self._place(slot, 1 - self._sides[slot])
+            for number, (*_, present) in enumerate(self._names):
+                self._states[number, place] = self._output(present)[ran.row]
         tokens, sides, others = self.tokens.copy(), self._sides.copy(), self._ran.copy()
         if ran.counts_whole(kept):
             tokens[slot], sides[slot] = ran.end, 1 - sides[slot]
@@ -134,7 +150,11 @@ class PagedStates:
         self._going.pop(slot, None)
         self.tokens[slot] = 0
         if self:
-            self._states[:, 2 * slot + self._sides[slot]] = 0
+            self._states[:, self._place(slot, self._sides[slot])] = 0
+
+    @staticmethod
+    def _place(slot: int, side: int) -> int:
+        return 2 * slot + side
 
     def copy(self, other: PagedStates, source: int, target: int, kept: int) -> None:
         """Take those of a row of so many tokens of these or of other ones."""
@@ -146,7 +166,7 @@ class PagedStates:
         size, side = self._form.recent, self._sides[target]
         theirs = other._entries[:, source * size : (source + 1) * size]
         self._entries[:, target * size : (target + 1) * size] = theirs
-        self._states[:, 2 * target + side] = other._states[:, 2 * source + other._sides[source]]
+        self._states[:, self._place(target, side)] = other._states[:, self._place(source, other._sides[source])]
         self.tokens[target] = other.tokens[source]
 
     # ── a call ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -163,62 +183,76 @@ class PagedStates:
         if kind is StepKind.LORA:
             checks.check_lora_steps(max(runs[slot].kept - self.tokens[slot] for slot in due) + 1, MOST_PENDING)
 
-    def sizes(self, order: Sequence[int], runs: Sequence[Run]) -> dict[str, tuple[int, ...]]:
-        """Of what a call reads of these rows, each of which runs one of the runs."""
+    def sizes(self, kind: StepKind, order: Sequence[int], runs: Sequence[Run]) -> dict[str, tuple[Any, ...]]:
+        """Dtype and sizes of what a call reads of these rows, each of which runs one of the runs, by the inputs."""
         form = self._form
         if form is None:
             return {}
-        rows, new = len(order), sum(len(run.tokens) for run in runs)
-        pending = sum(run.kept - self.tokens[slot] for slot, run in zip(order, runs, strict=True))
-        held = sum(min(len(run.tokens), form.recent) for run in runs)
-        found: dict[str, tuple[int, ...]] = {
-            "before": (pending + rows * (form.taps - 1),),
-            "mixed": (form.taps, pending + new),
-            "new": (new,),
-            "held": (held,),
+        rows = len(order)
+        pending = [run.kept - self.tokens[slot] for slot, run in zip(order, runs, strict=True)]
+        counts = [len(run.tokens) for run in runs]
+        longest = [count + before for count, before in zip(counts, pending, strict=True)]
+        self._length = max(longest)  # with padding
+        in_all = rows * self._length if self._is_delta else sum(longest)
+        sizes: dict[str, tuple[int, ...]] = {
+            "before": (sum(pending) + rows * (form.taps - 1) + self._is_delta,),
+            "mixed": (form.taps, in_all),
+            "new": (sum(counts),),
+            "held": (sum(min(count, form.recent) for count in counts),),
+            "grid": (2,),
+            "rows": (rows,),
             "begins": (rows + 1,),
-            "dropped": (rows + 1,),
             "states": (2 * rows,),
             "places": (rows + 1,),
             "past": (rows,),
             "interval": (rows,),
         }
-        if not self._has_dropped:
-            del found["dropped"]
-        return found
+        sizes[f"{DROPPED_TABLE}grid"], sizes[f"{DROPPED_TABLE}begins"] = sizes["grid"], sizes["begins"]
+        sizes[f"{DROPPED_TABLE}rows"] = (rows if kind is StepKind.REFRESH else 0,)
+        types = RECURRENCE_TABLES[form.rule]
+        return {port: (types[name][0], *sizes[name]) for name, port in self._tables.items()}
 
     def fill(
-        self, tables: Mapping[str, npt.NDArray[np.int64]], kind: StepKind, order: Sequence[int], runs: Sequence[Run]
+        self, inputs: Mapping[str, npt.NDArray[Any]], kind: StepKind, order: Sequence[int], runs: Sequence[Run]
     ) -> dict[int, _Ran]:
         """Write what a call reads; returns what it will have run."""
         form = self._form
         if form is None:
             return {}
-        found, size, before = {}, form.recent, len(tables["before"])
+        tables = {name: inputs[port] for name, port in self._tables.items()}
+        found, size, before, mixed = {}, form.recent, len(tables["before"]), tables["mixed"]
+        nothing = len(self._entries[0]) - 1
+        if self._is_delta:  # which changes no state, and is not read
+            tables["before"][-1], mixed[:] = nothing, before - 1
+        begins = [0]
         seen = at = new = held = 0
         for number, (slot, run) in enumerate(zip(order, runs, strict=True)):
-            count, first = len(run.tokens), self.tokens[slot]
-            pending, stays = run.kept - first, min(count, size)
-            own = pending + form.taps - 1
+            count, pending = len(run.tokens), run.kept - self.tokens[slot]
+            own, stays, end = pending + form.taps - 1, min(count, size), at + pending + count
             tables["before"][seen : seen + own] = [
-                slot * size + token % size if token >= 0 else -1 for token in range(run.kept - own, run.kept)
+                slot * size + token % size if token >= 0 else nothing for token in range(run.kept - own, run.kept)
             ]
             places = np.arange(own + count)
             places[:own] += seen
             places[own:] += before + new - own
             for tap in range(form.taps):
-                tables["mixed"][tap, at : at + pending + count] = places[tap : tap + pending + count]
-            tables["new"][new : new + count] = np.arange(at + pending, at + pending + count)
+                mixed[tap, at:end] = places[tap : tap + pending + count]
+            tables["new"][new : new + count] = np.arange(at + pending, end)
             tables["held"][held : held + stays] = np.arange(new + count - stays, new + count)
-            tables["states"][2 * number] = 2 * slot + self._sides[slot]
-            tables["states"][2 * number + 1] = 2 * slot + 1 - self._sides[slot]
-            found[slot] = _Ran(kind, run.kept, run.kept + count, held, stays)
-            seen, at, new, held = seen + own, at + pending + count, new + count, held + stays
-            tables["begins"][number + 1], tables["places"][number + 1] = at, 2 * (number + 1)
-        tables["before"][tables["before"] < 0] = len(self._entries[0]) - 1
-        tables["interval"][:] = _LONG
-        if self._has_dropped:
-            tables["dropped"][:] = tables["begins"] if kind is StepKind.REFRESH else 0
+            found[slot] = _Ran(kind, number, run.kept, run.kept + count, held, stays)
+            seen, new, held = seen + own, new + count, held + stays
+            at = at + self._length if self._is_delta else end
+            begins.append(at)
+        reads = [self._place(slot, self._sides[slot]) for slot in order]
+        is_refresh = kind is StepKind.REFRESH
+        values: dict[str, Any] = {"rows": reads, "grid": (len(order), self._length), "begins": begins}
+        values |= {f"{DROPPED_TABLE}{name}": value if is_refresh else 0 for name, value in values.items()}
+        if not self._is_delta:
+            values["states"] = [place for read in reads for place in (read, read ^ 1)]
+            values |= {"places": range(0, 2 * len(order) + 1, 2), "interval": _LONG}
+        for name, value in values.items():
+            if name in tables and tables[name].size:
+                tables[name][...] = value
         return found
 
     def ran(self, found: dict[int, _Ran]) -> None:

@@ -260,7 +260,7 @@ class Feed(Protocol):
         ids, positions: int64 [1, T]. index: int64 [R]. last: int64 [b]. states: float32 [sites, b, d].
         tables: of each of the engine's pools past_lens [r], begins [r + 1], blocks [n], block_begins [r + 1] and
             longest [], int32, of the rows that have tokens.
-        recurrence: by name (`RECURRENCE_TABLES`); empty where no layer has a recurrent state.
+        recurrence: the inputs that recurrent states need, by name.
     """
 
     ids: Array
@@ -282,13 +282,13 @@ class PagedSteps(Protocol):
         wanted: int,
         rows: tuple[int, int],
         blocks: tuple[int, ...],
-        recurrence: Mapping[str, tuple[int, ...]],
+        recurrence: Mapping[str, tuple[Any, ...]],
     ) -> Feed:
         """What a call reads of so many tokens in all, logits that are wanted, and blocks of each pool.
 
         Args:
             rows: those that have a state, and all that have tokens.
-            recurrence: sizes of the tables of recurrent states; empty where no layer has one.
+            recurrence: dtype and sizes of the inputs that recurrent states need.
         """
         ...
 

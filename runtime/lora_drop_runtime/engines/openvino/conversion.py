@@ -21,7 +21,7 @@ from lora_drop_runtime.dtypes import BY_NAME
 
 from .capped import capped_attention, ints
 from .convolution import before, convolution, earlier
-from .recurrence import directions, rule
+from .recurrence import delta_rule, directions, selective_rule
 
 _NEARLY_NOTHING, _NEARLY_ALL = 1e-37, 3e38
 _PLAIN_GATE = (("alpha", 1.0), ("added", 0.0), ("limit", 0.0))  # that an Experts node of SiLU may leave out
@@ -322,7 +322,8 @@ class Conversions:
             "Earlier": earlier,
             "Convolution": lambda node: convolution(node, _widened),
             "Directions": lambda node: directions(node, _widened),
-            "Rule": rule,
+            "DeltaRule": delta_rule,
+            "SelectiveRule": selective_rule,
         }
         return [ConversionExtension(name, DOMAIN, function) for name, function in functions.items()]
 

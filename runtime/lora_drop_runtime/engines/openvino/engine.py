@@ -22,9 +22,7 @@ from lora_drop_runtime.bundle.paged_io import (
     PAST_STATES,
     POSITIONS,
     PRESENT_STATES,
-    RECURRENCE_TABLES,
     cache_names,
-    recurrence_table,
     table_names,
 )
 from lora_drop_runtime.dtypes import in_dtype
@@ -50,7 +48,7 @@ class Feed:
         ids, positions: int64 [1, T]; index: int64 [R]; last: int64 [b]; states: float32 [sites, b, d].
         tables: of each of the engine's pools past_lens [r], begins [r + 1], blocks [n], block_begins [r + 1] and
             longest [], int32.
-        recurrence: by name (`RECURRENCE_TABLES`); empty where no layer has a recurrent state.
+        recurrence: the inputs that recurrent states need, by name.
     """
 
     def __init__(
@@ -62,7 +60,7 @@ class Feed:
         blocks: tuple[int, ...],
         states: tuple[int, ...],
         groups: Sequence[tuple[int, int]],
-        recurrence: Mapping[str, tuple[int, ...]],
+        recurrence: Mapping[str, tuple[Any, ...]],
     ):
         with_state, with_tokens = rows
         self.ids, self.positions = np.zeros((1, tokens), np.int64), np.zeros((1, tokens), np.int64)
@@ -85,8 +83,8 @@ class Feed:
         }
         for (group, window), tables in zip(groups, self.tables, strict=True):
             arrays |= dict(zip(table_names(GROUPS[group], window), tables, strict=True))
-        self.recurrence = {name: np.zeros(size, RECURRENCE_TABLES[name][0]) for name, size in recurrence.items()}
-        arrays |= {recurrence_table(name): table for name, table in self.recurrence.items()}
+        self.recurrence = {name: np.zeros(size, dtype) for name, (dtype, *size) in recurrence.items()}
+        arrays |= self.recurrence
         self.arrays = arrays
 
 
@@ -108,7 +106,7 @@ class _Request:
         wanted: int,
         rows: tuple[int, int],
         blocks: tuple[int, ...],
-        recurrence: Mapping[str, tuple[int, ...]],
+        recurrence: Mapping[str, tuple[Any, ...]],
     ) -> Feed:
         """What a call of these sizes reads; rows with a state, and with tokens; `blocks` of each of the pools."""
         key = (kind, tokens, wanted, rows, blocks, *recurrence.values())
@@ -188,7 +186,7 @@ class Steps:
         wanted: int,
         rows: tuple[int, int],
         blocks: tuple[int, ...],
-        recurrence: Mapping[str, tuple[int, ...]],
+        recurrence: Mapping[str, tuple[Any, ...]],
     ) -> Feed:
         self._now = self._narrow
         if tokens > rows[1]:

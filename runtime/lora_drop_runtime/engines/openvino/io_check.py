@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from lora_drop_runtime.bundle.graph_io import NO_HEADS
+from lora_drop_runtime.bundle.graph_io import GATED_DELTA, NO_HEADS
 from lora_drop_runtime.bundle.manifest import Manifest
 from lora_drop_runtime.bundle.paged_io import (
     BLOCK,
@@ -22,7 +22,7 @@ from lora_drop_runtime.bundle.paged_io import (
     cache_names,
     paged_steps_name,
     recurrence_names,
-    recurrence_table,
+    recurrence_tables,
     table_names,
 )
 from lora_drop_runtime.errors import BundleError
@@ -84,17 +84,18 @@ def _wanted(
     outputs: dict[str, list[int | None]] = {"logits": [1, None, model.vocab_size]}
     form = model.recurrence
     if form is not None:
-        for layer in model.recurrent_layers:
-            recent, state, present = recurrence_names(layer)
-            inputs |= {recent: [None, form.entry], state: [None, form.heads, form.value_dim, form.key_dim]}
-            outputs[present] = [1, None, form.entry]
-        tables: dict[str, list[int | None]] = {name: [None] * rank for name, (_, rank) in RECURRENCE_TABLES.items()}
-        tables["mixed"][0] = form.taps
-        dropped = {*plan.dropped_attentions}
-        for name, read in (("dropped", dropped), ("begins", {*model.recurrent_layers} - dropped)):
-            if read.isdisjoint(model.recurrent_layers):
-                del tables[name]
-        inputs |= {recurrence_table(name): sizes for name, sizes in tables.items()}
+        is_delta, recurrent, dropped = form.rule == GATED_DELTA, {*model.recurrent_layers}, {*plan.dropped_attentions}
+        sizes = (form.key_dim, form.value_dim) if is_delta else (form.value_dim, form.key_dim)
+        for layer in recurrent:
+            recent, state, present_recent, present_state = recurrence_names(layer)
+            inputs |= {recent: [None, form.entry], state: [None, form.heads, *sizes]}
+            outputs[present_recent] = [1, None, form.entry]
+            if is_delta:
+                outputs[present_state] = [None, form.heads, *sizes]
+        tables = recurrence_tables(form.rule, bool(recurrent - dropped), bool(recurrent & dropped))
+        for name, port in tables.items():
+            inputs[port] = [None] * RECURRENCE_TABLES[form.rule][name][1]
+        inputs[tables["mixed"]][0] = form.taps
     if plan.has_state:
         inputs |= {PAST_STATES: [len(plan.states), None, model.hidden_size], LAST_TOKENS: [None]}
         outputs[PRESENT_STATES] = [None, None, model.hidden_size]
