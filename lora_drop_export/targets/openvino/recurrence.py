@@ -68,7 +68,7 @@ def _lower_one(
         return [tables[prefix + name if prefix + name in tables else name] for name in names]
 
     if is_delta:
-        given = [*directed.outputs, states, *read("rows", "grid")]
+        given = [*directed.outputs, states, *read("grid")]
         rule = ir.node("DeltaRule", given, domain=DOMAIN, num_outputs=2)
         left = rule.outputs[1]
         left.name, left.type, left.shape = present_state, _FLOAT, ir.Shape(["rows", *states.shape[1:]])  # type: ignore[index]

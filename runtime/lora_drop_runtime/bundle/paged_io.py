@@ -24,8 +24,7 @@ Enters: a drop plan. Leaves: names. The exporter declares the graph by them and 
     recurrence.held           int64 [n]          new tokens whose entries are wanted
     by the delta rule:
     recurrence.grid           int64 [2]          b and L
-    recurrence.rows           int64 [b]          places in `state.i` of the states that rows begin with
-    recurrence.dropped_grid, dropped_rows        the same for dropped layers; no row in a LoRA step
+    recurrence.dropped_grid   int64 [2]          the same for dropped layers, zeros in a LoRA step
     by that of Mamba 2:
     recurrence.begins         int32 [b + 1]      where each row's begin among the N
     recurrence.dropped_begins int32 [b + 1]      the same for dropped layers: none in a LoRA step
@@ -33,7 +32,7 @@ Enters: a drop plan. Leaves: names. The exporter declares the graph by them and 
     recurrence.places         int32 [b + 1]      where those begin, 0, 2, ..
     recurrence.past, recurrence.interval         int32 [b], zeros, and more than any row's tokens
     recent.i                  [slots, E]         entries of each row's last tokens; read
-    state.i                   [states, H, Dk, Dv] read, by the delta rule
+    state.i                   [b, H, Dk, Dv]     read, by the delta rule; of dropped layers of no row in a LoRA step
                               [states, H, Dv, Dk] written in place, but for rows without tokens, by that of Mamba 2
 
     logits                    float32 [1, R, V]
@@ -72,7 +71,7 @@ DOMAIN = "lora_drop"
 #   Directions      entries [1, T, E], those before [M, E], mixed [K, N], taps [W, 1, K] [, bias [W]]; rule, heads,
 #                   key_heads, key_dim, value_dim (bundle/graph_io.py): gives q, k [N, Hk, Dk], v [N, H, Dv], decays and
 #                   β [N, H]
-#   DeltaRule       those five, states, rows, grid: gives [N, H, Dv] and what becomes of the states
+#   DeltaRule       those five, states, grid: gives [N, H, Dv] and what becomes of the states
 #   SelectiveRule   those five, states, the tables behind `begins`, A [H], of which decays are the multiple β: gives
 #                   [N, H, Dv]
 BLOCK = 32  # slots of a block; the operator's own
@@ -81,7 +80,7 @@ TABLES = ("past_lens", "begins", "blocks", "block_begins", "longest")
 LORA_STEP, POSITIONS, LAST_TOKENS = "lora_step", "positions", "last_tokens"
 _OF_ENTRIES = {"before": ("int64", 1), "mixed": ("int64", 2), "new": ("int64", 1), "held": ("int64", 1)}
 RECURRENCE_TABLES = {  # by the rule → dtype, dimensions
-    GATED_DELTA: _OF_ENTRIES | dict.fromkeys(("grid", "rows", "dropped_grid", "dropped_rows"), ("int64", 1)),
+    GATED_DELTA: _OF_ENTRIES | dict.fromkeys(("grid", "dropped_grid"), ("int64", 1)),
     GATED: _OF_ENTRIES
     | dict.fromkeys(("begins", "dropped_begins", "states", "places", "past", "interval"), ("int32", 1)),
 }

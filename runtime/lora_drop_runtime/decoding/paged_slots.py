@@ -379,12 +379,13 @@ class PagedSlots:
             for table, (group, _), own in zip(tables, self._engine.table_groups, self._spare_blocks(), strict=True):
                 table.append((0, padding if writes_dropped or not group else 0, own))
         sizes = tuple(sum(len(own) for _, _, own in group) for group in tables)
-        recurrence = self.recurrent.sizes(kind, order, chosen)
+        recurrence = self.recurrent.sizes(order, chosen)
         feed = self._steps.feed(kind, tokens + padding, sum(wanted), (len(order), len(chosen)), sizes, recurrence)
         self._fill(feed, chosen, len(order), tables)
         will_have_run = self.recurrent.fill(feed.recurrence, kind, order, chosen)
         if self._plan.has_state:
             feed.states[...] = self._states[:, order]
+        self.recurrent.give(self._steps, kind, order)
         self._copied = None
         self._latest = order, wanted, len(runs)
         self._steps.run()

@@ -23,6 +23,7 @@ from lora_drop_runtime.bundle.paged_io import (
     recurrence_names,
     recurrence_tables,
 )
+from lora_drop_runtime.engines.engine import PagedSteps
 from lora_drop_runtime.plan.schedule import StepKind
 
 from . import checks
@@ -69,9 +70,12 @@ class PagedStates:
         self._layers = sorted(model.recurrent_layers) if self._form is not None else []
         fills = manifest.plan.refresh_policy.fills
         self._is_delta = self._form is not None and self._form.rule == GATED_DELTA
+        self._is_dropped = [layer in dropped for layer in self._layers]
         self._always = [fills or layer not in dropped for layer in self._layers]  # whether LoRA steps give entries
         self.tokens, self._sides = [0] * count, [0] * count
         self._length = 0  # of rows in a call, with padding
+        self._aside: Array | None = None  # of the delta rule: states that a call reads, and that it gives
+        self._beside: Array | None = None  # what the latest call gives of states, where that is not in the table
         self._ran: dict[int, _Ran] = {}
         self._going: dict[int, int] = {}  # behind how many tokens rows of the latest call go on, as far as it is known
         self.arrays: dict[str, Array] = {}
@@ -86,7 +90,7 @@ class PagedStates:
         of_dropped = dropped.intersection(self._layers)
         self._tables = recurrence_tables(form.rule, len(of_dropped) < layers, bool(of_dropped))
         for (recent, state, *_), entries, states in zip(self._names, self._entries, self._states, strict=True):
-            self.arrays |= {recent: entries, state: states}
+            self.arrays |= {recent: entries} if self._is_delta else {recent: entries, state: states}
 
     def __bool__(self) -> bool:
         """Whether any layer has a recurrent state."""
@@ -94,7 +98,7 @@ class PagedStates:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays.values())
+        return self._entries.nbytes + self._states.nbytes if self else 0
 
     # ── a row ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -134,10 +138,8 @@ class PagedStates:
             for number, (_, _, present, _) in enumerate(self._names):
                 if self._always[number] or ran.kind is StepKind.REFRESH:
                     self._entries[number, places] = self._output(present)[0, sources]
-        if self._is_delta and ran.counts_whole(kept):
-            place = self._place(slot, 1 - self._sides[slot])
-            for number, (*_, present) in enumerate(self._names):
-                self._states[number, place] = self._output(present)[ran.row]
+        if self._beside is not None and ran.counts_whole(kept):
+            self._states[:, self._place(slot, 1 - self._sides[slot])] = self._beside[:, ran.row]
         tokens, sides, others = self.tokens.copy(), self._sides.copy(), self._ran.copy()
         if ran.counts_whole(kept):
             tokens[slot], sides[slot] = ran.end, 1 - sides[slot]
@@ -152,9 +154,8 @@ class PagedStates:
         if self:
             self._states[:, self._place(slot, self._sides[slot])] = 0
 
-    @staticmethod
-    def _place(slot: int, side: int) -> int:
-        return 2 * slot + side
+    def _place(self, slot: int, side: int) -> int:
+        return side * len(self.tokens) + slot
 
     def copy(self, other: PagedStates, source: int, target: int, kept: int) -> None:
         """Take those of a row of so many tokens of these or of other ones."""
@@ -183,7 +184,7 @@ class PagedStates:
         if kind is StepKind.LORA:
             checks.check_lora_steps(max(runs[slot].kept - self.tokens[slot] for slot in due) + 1, MOST_PENDING)
 
-    def sizes(self, kind: StepKind, order: Sequence[int], runs: Sequence[Run]) -> dict[str, tuple[Any, ...]]:
+    def sizes(self, order: Sequence[int], runs: Sequence[Run]) -> dict[str, tuple[Any, ...]]:
         """Dtype and sizes of what a call reads of these rows, each of which runs one of the runs, by the inputs."""
         form = self._form
         if form is None:
@@ -200,7 +201,6 @@ class PagedStates:
             "new": (sum(counts),),
             "held": (sum(min(count, form.recent) for count in counts),),
             "grid": (2,),
-            "rows": (rows,),
             "begins": (rows + 1,),
             "states": (2 * rows,),
             "places": (rows + 1,),
@@ -208,7 +208,6 @@ class PagedStates:
             "interval": (rows,),
         }
         sizes[f"{DROPPED_TABLE}grid"], sizes[f"{DROPPED_TABLE}begins"] = sizes["grid"], sizes["begins"]
-        sizes[f"{DROPPED_TABLE}rows"] = (rows if kind is StepKind.REFRESH else 0,)
         types = RECURRENCE_TABLES[form.rule]
         return {port: (types[name][0], *sizes[name]) for name, port in self._tables.items()}
 
@@ -243,17 +242,46 @@ class PagedStates:
             seen, new, held = seen + own, new + count, held + stays
             at = at + self._length if self._is_delta else end
             begins.append(at)
-        reads = [self._place(slot, self._sides[slot]) for slot in order]
         is_refresh = kind is StepKind.REFRESH
-        values: dict[str, Any] = {"rows": reads, "grid": (len(order), self._length), "begins": begins}
+        values: dict[str, Any] = {"grid": (len(order), self._length), "begins": begins}
         values |= {f"{DROPPED_TABLE}{name}": value if is_refresh else 0 for name, value in values.items()}
         if not self._is_delta:
-            values["states"] = [place for read in reads for place in (read, read ^ 1)]
+            sides = ((slot, side) for slot in order for side in (self._sides[slot], 1 - self._sides[slot]))
+            values["states"] = [self._place(slot, side) for slot, side in sides]
             values |= {"places": range(0, 2 * len(order) + 1, 2), "interval": _LONG}
         for name, value in values.items():
-            if name in tables and tables[name].size:
+            if name in tables:
                 tables[name][...] = value
         return found
+
+    def give(self, steps: PagedSteps, kind: StepKind, order: Sequence[int]) -> None:
+        """By the delta rule: a call with the latest feed reads the rows' states where they are, and writes them where
+        they go, if they lie one behind another; else copies, and beside them."""
+        if not self._is_delta:
+            return
+        count, reads = len(order), [self._place(slot, self._sides[slot]) for slot in order]
+        writes = [self._place(slot, 1 - self._sides[slot]) for slot in order]
+        in_place = reads == [*range(reads[0], reads[0] + count)]
+        if not in_place:
+            if self._aside is None or self._aside.shape[2] != count:
+                self._aside = np.zeros((2, len(self._layers), count, *self._states.shape[2:]), np.float32)
+            self._aside[0] = self._states[:, reads]
+        self._beside = None if in_place or self._aside is None else self._aside[1]
+
+        def arrays() -> dict[str, Array]:
+            found = {}
+            for number, (_, state, _, present) in enumerate(self._names):
+                if in_place:
+                    own = self._states[number]
+                    read, write = (own[places[0] : places[0] + count] for places in (reads, writes))
+                else:
+                    assert self._aside is not None
+                    read, write = self._aside[:, number]
+                runs = kind is StepKind.REFRESH or not self._is_dropped[number]
+                found |= {state: read, present: write} if runs else {state: read[:0]}
+            return found
+
+        steps.give((kind, count, reads[0] if in_place else -1), arrays)
 
     def ran(self, found: dict[int, _Ran]) -> None:
         """A call has run."""

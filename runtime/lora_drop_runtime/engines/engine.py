@@ -296,6 +296,14 @@ class PagedSteps(Protocol):
         """What all calls read, and write in place, by the names of the graph's inputs."""
         ...
 
+    def give(self, which: Any, arrays: Callable[[], Mapping[str, Array]]) -> None:
+        """What some inputs of a call with the latest feed read, and where it writes some outputs, by their names.
+
+        Args:
+            which: the same for the same arrays.
+        """
+        ...
+
     def run(self) -> None:
         """One call with the latest feed."""
         ...

@@ -6,7 +6,7 @@ Enters: the tokens of the rows of a call, and their tables of blocks. Leaves: lo
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -98,6 +98,7 @@ class _Request:
         self._versions = [-1] * len(engine.pools)
         self._feeds: dict[tuple[Any, ...], tuple[Feed, list[tuple[int, Any]]]] = {}
         self._bound: Feed | None = None
+        self._given: Any = None
 
     def feed(
         self,
@@ -137,7 +138,7 @@ class _Request:
         try:
             with self._engine.lock:
                 self._bind_caches()
-                self._request.infer()
+                self._request.infer(share_outputs=True)  # else all outputs are copied, to be returned
         except RuntimeError as error:
             raise BundleError(
                 "OpenVINO cannot run a step of the bundle.",
@@ -160,6 +161,20 @@ class _Request:
         """What all calls read and write."""
         for name, array in arrays.items():
             self._request.set_input_tensor(self._compiled.inputs[name], self._ov.Tensor(array, shared_memory=True))
+
+    def give(self, which: Any, arrays: Callable[[], Mapping[str, Array]]) -> None:
+        """What some inputs read and where some outputs go from now on, by their names; `which` tells one such choice
+        from others."""
+        if which == self._given:
+            return
+        self._given = None
+        for name, array in arrays().items():
+            tensor = self._ov.Tensor(array, shared_memory=True)
+            if name in self._compiled.outputs:
+                self._request.set_output_tensor(self._compiled.outputs[name], tensor)
+            else:
+                self._request.set_input_tensor(self._compiled.inputs[name], tensor)
+        self._given = which
 
     def _bind_caches(self) -> None:
         for number, pool in enumerate(self._engine.pools):
@@ -197,6 +212,9 @@ class Steps:
     def hold(self, arrays: Mapping[str, Array]) -> None:
         for request in {id(one): one for one in (self._narrow, self._wide)}.values():
             request.hold(arrays)
+
+    def give(self, which: Any, arrays: Callable[[], Mapping[str, Array]]) -> None:
+        self._now.give(which, arrays)
 
     def run(self) -> None:
         self._now.run()

@@ -125,7 +125,8 @@ class _Loop:
         loop.set_special_body_ports([0, 0])
         for one, whole in inputs:
             loop.set_sliced_input(one, whole.output(0), 0, 1, 1, -1, self._axis)
-        loop.set_merged_input(inside, begin.output(0), after.output(0))
+        begin = begin if isinstance(begin, ov.Output) else begin.output(0)
+        loop.set_merged_input(inside, begin, after.output(0))
         zeros = op.broadcast(_constant(0), op.shape_of(self._buffer))
         loop.set_merged_input(out, zeros.output(0), scattered.output(0))
         found = loop.get_iter_value(scattered.output(0), -1)
@@ -135,14 +136,15 @@ class _Loop:
 def delta_rule(node: Node) -> list[Output]:
     """The operator `DeltaRule` (bundle/paged_io.py), as a loop in the form of which the plugin makes one kernel
     (fuse_gated_delta_net.cpp)."""
-    query, key, value, decay, beta, states, rows, grid = (node.get_input(n) for n in range(node.get_input_size()))
+    query, key, value, decay, beta, states, grid = (node.get_input(n) for n in range(node.get_input_size()))
     heads, key_dim, value_dim = (states.get_partial_shape()[n].get_length() for n in (1, 2, 3))
     key_heads = key.get_partial_shape()[1].get_length()
 
     def heads_first(x: Any, count: int, *size: int) -> Any:
         """[B, H, L, ..] of [N, ..], with a head of keys for each of values."""
-        shape = op.concat([grid, ints([count, *size])], 0)
-        x = op.reshape(x, shape, False)
+        own = [count, *size]
+        x = op.reshape(x, op.concat([grid, ints(own)], 0), False)
+        x = op.reshape(x, ints([0, 0, *own]), True)  # what the sizes are is else not known before it runs
         if count < heads:
             x = op.gather(x, ints([n // (heads // count) for n in range(heads)]), ints(2))
         return op.transpose(x, ints([0, 2, 1, 3] if size else [0, 2, 1]))
@@ -163,8 +165,7 @@ def delta_rule(node: Node) -> list[Output]:
     after = op.add(gated, op.multiply(k_column, op.unsqueeze(change, ints([-2]))))
     told = op.reduce_sum(op.multiply(after, q_column), ints([-2]), True)
     inputs = [(q, op.divide(query, root)), (k, key), (v, value), (g, decay), (b, beta)]
-    state = op.gather(states, rows, ints(0))
-    result, left = loop.run(inputs, (inside, state, after), out, told)
+    result, left = loop.run(inputs, (inside, states, after), out, told)
     flat = op.reshape(op.transpose(result, ints([0, 2, 1, 3])), ints([-1, heads, value_dim]), False)
     return [flat.output(0), left]
 
