@@ -16,8 +16,8 @@ Enters: a drop plan. Leaves: names. The exporter declares the graph by them and 
                                                  the last blocks alone, those that a row's new tokens can see into
     key_cache.i value_cache.i [blocks, H, 32, D] written in place; float32 here, what the engine computes in at run time
     recurrence.<table>                           where layers have recurrent states: of each row the tokens
-                                                 that are in none yet and the new ones run, N in all; by the delta rule
-                                                 with padding, of which nothing comes, N = b · L
+                                                 that are in none yet and the new ones run, N in all, with padding of
+                                                 which nothing comes; by the delta rule N = b · L
     recurrence.before         int64 [M]          the entries that the tokens before the new ones have in `recent.i`
     recurrence.mixed          int64 [K, N]       those that each of the N mixes, among these M and then the T new ones
     recurrence.new            int64 [T]          places of the new ones among the N

@@ -30,6 +30,7 @@ from . import checks
 from .slots import Run
 
 Array = npt.NDArray[np.float32]
+MOST_PADDED = 8  # tokens of a row in a call that is brought to the width of others
 _LONG = 2**30  # tokens, after which the operator would write a state of its own accord
 
 
@@ -73,7 +74,8 @@ class PagedStates:
         self._is_dropped = [layer in dropped for layer in self._layers]
         self._always = [fills or layer not in dropped for layer in self._layers]  # whether LoRA steps give entries
         self.tokens, self._sides = [0] * count, [0] * count
-        self._length = 0  # of rows in a call, with padding
+        self._length, self._pads = 0, False  # of rows in a call, with padding
+        self._width = 0  # that calls of few tokens have had
         self._aside: Array | None = None  # of the delta rule: states that a call reads, and that it gives
         self._beside: Array | None = None  # what the latest call gives of states, where that is not in the table
         self._ran: dict[int, _Ran] = {}
@@ -193,10 +195,14 @@ class PagedStates:
         pending = [run.kept - self.tokens[slot] for slot, run in zip(order, runs, strict=True)]
         counts = [len(run.tokens) for run in runs]
         longest = [count + before for count, before in zip(counts, pending, strict=True)]
-        self._length = max(longest)  # with padding
+        self._length = max(longest)
+        self._pads = self._is_delta and self._length <= MOST_PADDED
+        if self._pads:  # calls of one width, for which the plugin need not prepare its kernels anew
+            self._width = self._length = max(self._length, self._width)
         in_all = rows * self._length if self._is_delta else sum(longest)
+        earlier = rows * self._length if self._pads else sum(pending)
         sizes: dict[str, tuple[int, ...]] = {
-            "before": (sum(pending) + rows * (form.taps - 1) + self._is_delta,),
+            "before": (earlier + rows * (form.taps - 1) + 1,),
             "mixed": (form.taps, in_all),
             "new": (sum(counts),),
             "held": (sum(min(count, form.recent) for count in counts),),
@@ -221,8 +227,7 @@ class PagedStates:
         tables = {name: inputs[port] for name, port in self._tables.items()}
         found, size, before, mixed = {}, form.recent, len(tables["before"]), tables["mixed"]
         nothing = len(self._entries[0]) - 1
-        if self._is_delta:  # which changes no state, and is not read
-            tables["before"][-1], mixed[:] = nothing, before - 1
+        mixed[:] = before - 1  # padding, which changes no state and is not read
         begins = [0]
         seen = at = new = held = 0
         for number, (slot, run) in enumerate(zip(order, runs, strict=True)):
@@ -242,6 +247,7 @@ class PagedStates:
             seen, new, held = seen + own, new + count, held + stays
             at = at + self._length if self._is_delta else end
             begins.append(at)
+        tables["before"][seen:] = nothing
         is_refresh = kind is StepKind.REFRESH
         values: dict[str, Any] = {"grid": (len(order), self._length), "begins": begins}
         values |= {f"{DROPPED_TABLE}{name}": value if is_refresh else 0 for name, value in values.items()}
@@ -269,7 +275,7 @@ class PagedStates:
         self._beside = None if in_place or self._aside is None else self._aside[1]
 
         def arrays() -> dict[str, Array]:
-            found = {}
+            found: dict[str, Array] = {}
             for number, (_, state, _, present) in enumerate(self._names):
                 if in_place:
                     own = self._states[number]
