@@ -681,6 +681,19 @@ def test_quantized(dtype: str, tmp_path: Path) -> None:
     assert any("in_proj_qkv+in_proj_z" in name for name in names), names
 
 
+@pytest.mark.parametrize(("make", "kernel"), [(qwen3_5, "GatedDeltaNet"), (granite_hybrid, "PagedSelectiveSSM")])
+def test_openvino_has_kernels_for_the_rules(make: Any, kernel: str, tmp_path: Path) -> None:
+    """And runs no loop over tokens, of kept layers and of dropped ones."""
+    source = eight() if make is qwen3_5 else traced(make)
+    options = ANY | {"drop_layers": ("1",), "policy": "backfill", "targets": ("openvino",)}
+    bundle = make_bundle(source, tmp_path / "b", **options)
+    with Session.open(bundle.root, threads=1) as session:
+        nodes = session._engine.compiled.model.get_runtime_model().get_ops()  # type: ignore[attr-defined]
+        kinds = [node.get_rt_info()["layerType"].astype(str) for node in nodes]
+    assert kinds.count(kernel) == len(bundle.manifest.model.recurrent_layers)
+    assert {"TensorIterator", "Loop"}.isdisjoint(kinds)
+
+
 def test_neutral_graphs(bundle: Bundle) -> None:
     """Plain ONNX: no other domain than its own, and its own shapes."""
     for name in ("refresh", "lora"):

@@ -151,8 +151,9 @@ def _predictions(manifest: Manifest) -> list[str]:
         f"  Eq. 11: one token in {k + 1} takes a refresh, so the p95 latency is that of {p95}",
     ]
     if manifest.model.recurrent_layers:
-        states = manifest.model.recurrent_row_bytes / MIB
-        lines.append(f"  recurrent states: {states:.1f} MiB a row, beside its K/V, however long it is")
+        whole, paged = (manifest.model.recurrent_row_bytes(paged) / MIB for paged in (False, True))
+        beside = f" ({paged:.1f} on openvino)" if "openvino" in manifest.targets else ""
+        lines.append(f"  recurrent states: {whole:.1f} MiB a row{beside}, beside its K/V, however long it is")
     every, held = costs.kv_behind_windows(manifest)
     if held and "openvino" in manifest.targets:
         lines.append(

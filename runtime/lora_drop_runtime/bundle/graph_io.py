@@ -133,10 +133,11 @@ class Recurrence:
         """Values of a row's state."""
         return self.heads * self.key_dim * self.value_dim
 
-    @property
-    def row_values(self) -> int:
-        """Values of a row: its state and what is kept of its last tokens, both twice."""
-        return 2 * (self.state_values + (self.recent + 1) * self.entry)
+    def row_values(self, paged: bool) -> int:
+        """Values of a row: its state twice, and what is kept of its last tokens, twice as well, or beside paged caches
+        once."""
+        entries = self.recent if paged else 2 * (self.recent + 1)
+        return 2 * self.state_values + entries * self.entry
 
 
 @dataclass(frozen=True)

@@ -95,10 +95,9 @@ class ModelFacts:
         pairs = enumerate(zip(self.heads, self.windows, strict=True))
         return tuple(layer for layer, (heads, window) in pairs if heads == halves and window)
 
-    @property
-    def recurrent_row_bytes(self) -> int:
+    def recurrent_row_bytes(self, paged: bool) -> int:
         """Bytes that a row has in the layers with a recurrent state, however long it is."""
-        values = 0 if self.recurrence is None else len(self.recurrent_layers) * self.recurrence.row_values
+        values = 0 if self.recurrence is None else len(self.recurrent_layers) * self.recurrence.row_values(paged)
         return values * BY_NAME[self.dtype].size_bytes
 
     def token_kv_bytes(self, layers: Iterable[int]) -> int:

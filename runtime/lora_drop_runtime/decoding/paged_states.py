@@ -76,7 +76,7 @@ class PagedStates:
         self.tokens, self._sides = [0] * count, [0] * count
         self._length, self._pads = 0, False  # of rows in a call, with padding
         self._width = 0  # that calls of few tokens have had
-        self._aside: Array | None = None  # of the delta rule: states that a call reads, and that it gives
+        self._asides: dict[int, Array] = {}  # of the delta rule, by rows: states that a call reads, and that it gives
         self._beside: Array | None = None  # what the latest call gives of states, where that is not in the table
         self._ran: dict[int, _Ran] = {}
         self._going: dict[int, int] = {}  # behind how many tokens rows of the latest call go on, as far as it is known
@@ -268,11 +268,13 @@ class PagedStates:
         count, reads = len(order), [self._place(slot, self._sides[slot]) for slot in order]
         writes = [self._place(slot, 1 - self._sides[slot]) for slot in order]
         in_place = reads == [*range(reads[0], reads[0] + count)]
+        self._beside = None
         if not in_place:
-            if self._aside is None or self._aside.shape[2] != count:
-                self._aside = np.zeros((2, len(self._layers), count, *self._states.shape[2:]), np.float32)
-            self._aside[0] = self._states[:, reads]
-        self._beside = None if in_place or self._aside is None else self._aside[1]
+            if count not in self._asides:  # which stay: requests write there
+                shape = (2, len(self._layers), count, *self._states.shape[2:])
+                self._asides[count] = np.zeros(shape, np.float32)
+            self._asides[count][0] = self._states[:, reads]
+            self._beside = self._asides[count][1]
 
         def arrays() -> dict[str, Array]:
             found: dict[str, Array] = {}
@@ -281,8 +283,7 @@ class PagedStates:
                     own = self._states[number]
                     read, write = (own[places[0] : places[0] + count] for places in (reads, writes))
                 else:
-                    assert self._aside is not None
-                    read, write = self._aside[:, number]
+                    read, write = self._asides[count][:, number]
                 runs = kind is StepKind.REFRESH or not self._is_dropped[number]
                 found |= {state: read, present: write} if runs else {state: read[:0]}
             return found
