@@ -1,7 +1,7 @@
 """What dropped sites compute, behind Ifs on `lora_step`.
 
     a layer or its attention    If(K, V, q of it | nothing) → PagedAttention → If(the rest | surrogate)
-    one with a recurrent state  If(Directions of it | zeros of one token) → Rule → If(the rest | surrogate)
+    one with a recurrent state  If(Directions of it | nothing) → its rule → If(the rest | surrogate)
     an MLP                      If(the MLP | surrogate)
 
 Under `fill` both steps make K and V of dropped attentions, and entries of recurrent states, outside the Ifs; a LoRA
@@ -251,8 +251,11 @@ class _Sites:
         """Put what makes values of a site's stream x behind an If.
 
         Args:
-            rows, ends: of an attention, and what these are views of; without tokens in a LoRA step, but under `fill`.
-            others: of which a LoRA step has one, of zeros.
+            rows, ends: of an attention, and what these are views of.
+            others: not of an attention.
+            begins: what there is before.
+            ones: of the others those that have one token of zeros in a LoRA step; all else has none, but `ends` under
+                `fill`.
         """
         full, nothing = _Branch(f"site.{site}/projected"), _Branch(f"site.{site}/nothing")
         made = full.copy(_between([*ends, *others], begins))
@@ -274,8 +277,8 @@ class _Sites:
             fills = value in ends and self.plan.refresh_policy.fills
             tokens = ops("Shape", x, start=1, end=2) if fills else ops.ints([0])
             place = sizes.index(-1)
-            parts = [ops.ints(sizes[:place])] * (place > 0), [ops.ints(sizes[place + 1 :])] * (place + 1 < len(sizes))
-            shape = ops("Concat", *parts[0], tokens, *parts[1], axis=0)
+            head, tail = ([ops.ints(part)] if part else [] for part in (sizes[:place], sizes[place + 1 :]))
+            shape = ops("Concat", *head, tokens, *tail, axis=0)
             zero = ops("ConstantOfShape", shape, value=ir.tensor(np.zeros(1, np.float32)))
             zero.type = ir.TensorType(ir.DataType.FLOAT)
             instead.append(zero)
