@@ -348,6 +348,31 @@ def test_prompts_that_come_together(bundle: Bundle) -> None:
     assert [reused[row] for row in range(4)] == [0, 50, 0, 50]
 
 
+@pytest.mark.parametrize("ticks", [1, 2, 3, 4, 5, 6])
+def test_a_prompt_goes_on_behind_a_row_amid_its_steps(ticks: int, bundle: Bundle) -> None:
+    """The row goes on as well, with what its LoRA steps have left."""
+    first = list(range(10, 60))
+    (said,) = _alone(bundle, [first], [24])
+    prompts = [first, [*first, 7, 3, 8], [*first, *said[:3], 9], [*first, *said[:6], 9]]
+    alone, found, reused = _alone(bundle, prompts, [24, 6, 6, 6]), dict[int, list[int]](), 0
+    with Batch.open(bundle.root, slots=4, threads=1, keep_prefixes=True) as batch:
+
+        def tick() -> None:
+            nonlocal reused
+            for event in batch.tick():
+                found[event.row] += [] if event.token is None else [event.token]
+                reused += event.reused if event.finished else 0
+
+        for number, prompt in enumerate(prompts):
+            found[batch.add(prompt, 6 if number else 24, stop_token_ids=())] = []
+            for _ in range(ticks):
+                tick()
+        while batch.rows:
+            tick()
+    assert [*found.values()] == alone
+    assert reused
+
+
 @pytest.mark.parametrize("slots", [2, 3, 5])
 def test_prompts_that_begin_alike(slots: int, bundle: Bundle) -> None:
     """The second one leaves what it has where it parts from the first, and all others go on behind that."""

@@ -160,10 +160,10 @@ class PagedStates:
         return side * len(self.tokens) + slot
 
     def copy(self, other: PagedStates, source: int, target: int, kept: int) -> None:
-        """Take those of a row of so many tokens of these or of other ones."""
+        """Take those of a row's first tokens, as many as are in its states or more, from these or from other ones."""
         if self._form is None:
             return
-        other._settle(source, kept)
+        other._settle(source, max(kept, other._going.get(source, kept)))  # the row itself may go on behind more
         self._ran.pop(target, None)
         self._going.pop(target, None)
         size, side = self._form.recent, self._sides[target]
