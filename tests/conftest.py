@@ -62,6 +62,7 @@ def pytest_handlecrashitem(crashitem: str) -> None:
 # traces are apart: who comes second waits for each
 LONG = (
     "tests/test_real_model.py",
+    "tests/export/test_recurrences.py",
     "tests/export/test_against_oracle.py",
     "tests/tools/fit/test_fit.py",
     "tests/tools/test_gpu_check.py",
