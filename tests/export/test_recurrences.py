@@ -190,6 +190,13 @@ def traced(make: Any) -> Family:
     return traced_model(quartered(make()))
 
 
+@pytest.mark.parametrize("policy", ["fill", "backfill"])
+def test_attention_with_a_gate(policy: str, tmp_path: Path) -> None:
+    """Queries and gate are made by one product, of which a LoRA step needs neither."""
+    options = ANY | {"drop_layers": ("3",), "policy": policy, "k": 1, "targets": ("openvino",)}
+    assert compare(make_bundle(traced(qwen3_next), tmp_path / "b", **options), target="openvino", threads=1).passed
+
+
 @pytest.mark.parametrize("make", [make for make in OTHERS if make is not falcon_h1])
 def test_other_family(make: Any, tmp_path: Path) -> None:
     source, sites = traced(make), ("0", "2", "3") if make in OF_HALVES else ("0", "2.attn", "3.mlp")

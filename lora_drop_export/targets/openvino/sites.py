@@ -205,7 +205,7 @@ class _Sites:
 
     def _put_before(self, site: str, x: ir.Value, y: ir.Value) -> set[ir.Value]:
         """Put what goes into a layer's attention, and into the rule of its recurrent state, behind an If; returns what
-        the rest of the layer begins with. Products that this reads, too, leave the If as well."""
+        the rest of the layer begins with. A product of which both entries and the rest are made leaves the If, too."""
         attended, recurred = (self.values.get(f"{what}{layer_of(site)}") for what in ("attended.", RULE))
         fills, begins = self.plan.refresh_policy.fills, {x}
         attention = None if attended is None else attended.producer()
@@ -222,18 +222,17 @@ class _Sites:
             others, entries = list(directed.outputs), directed.inputs[0]
             if not fills:
                 others.append(self.values[recurrence_names(layer_of(site))[2]])
-        before = _between([*ends, *others, *([entries] if fills and entries is not None else [])], {x})
         paged = {value for value in (attended, recurred, *rows, *others) if value is not None}
-        rest = {*_between([y], {x, *paged})}
-        shared = [node.outputs[0] for node in before if node.op_type == "Linear" and node in rest]
-        if fills and entries is not None:
-            made_outside = {*_between([entries], {x})}
-            begins |= {entries, *(value for value in shared if value.producer() in made_outside)}
-            shared = [value for value in shared if value not in begins]
-        ones = {*others[5:], *shared}
-        others += shared
+        if entries is not None:
+            rest = {*_between([y], {x, *paged})}
+            made = _between([entries], {x})
+            shared = [node.outputs[0] for node in made if node.op_type == "Linear" and node in rest]
+            if fills:
+                begins |= {entries, *shared}
+            else:
+                others += shared
         if ends or others:
-            self._put_ends(site, x, rows, ends, others, begins, ones)
+            self._put_ends(site, x, rows, ends, others, begins)
         if attention is not None:
             paged |= {value for value in attention.inputs[:3] if value is not None}
         return {x, *begins, *(self.replaced.get(value, value) for value in (*paged, *others))}
@@ -246,16 +245,15 @@ class _Sites:
         ends: list[ir.Value],
         others: list[ir.Value],
         begins: set[ir.Value],
-        ones: set[ir.Value],
     ) -> None:
-        """Put what makes values of a site's stream x behind an If.
+        """Put what makes values of a site's stream x behind an If. In a LoRA step they are without tokens, but for an
+        attention's under `fill`. None may have more than another that has as many in a refresh: OpenVINO takes their
+        numbers for the same, and would write past its memory (2026.4).
 
         Args:
             rows, ends: of an attention, and what these are views of.
             others: not of an attention.
             begins: what there is before.
-            ones: of the others those that have one token of zeros in a LoRA step; all else has none, but `ends` under
-                `fill`.
         """
         full, nothing = _Branch(f"site.{site}/projected"), _Branch(f"site.{site}/nothing")
         made = full.copy(_between([*ends, *others], begins))
@@ -268,11 +266,8 @@ class _Sites:
         instead = []
         for value in (*ends, *others):  # [1, T, …], or [1, 1, T, …] of a single head; [N, …]
             ops, sizes = nothing.ops, [size if isinstance(size, int) else -1 for size in list(value.shape)]  # type: ignore[arg-type]
-            if value in ends:
+            if sizes.count(-1) > 1:
                 sizes[0] = 1
-            if value in ones:
-                instead.append(ops.constant(np.zeros([abs(size) for size in sizes], np.float32)))
-                continue
             # A Constant without elements would be read as a scalar
             fills = value in ends and self.plan.refresh_policy.fills
             tokens = ops("Shape", x, start=1, end=2) if fills else ops.ints([0])
