@@ -296,9 +296,11 @@ def _weights_of(bundle: Bundle) -> list[str]:
 
 
 @pytest.fixture(scope="module", params=TARGETS)
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     options = ANY | {"drop_layers": ("1", "3", "5"), "policy": "backfill", "k": 2, "max_seq_len": 128}
-    return make_bundle(eight(), tmp_path_factory.mktemp("recurrent") / "b", targets=(request.param,), **options)
+    made = make_bundle(eight(), tmp_path_factory.mktemp("recurrent") / "b", targets=(request.param,), **options)
+    with Batch.open(made.root, slots=1, threads=1):  # the models that OpenVINO compiles for it stay for all others
+        yield made
 
 
 def _alone(bundle: Bundle, prompts: list[list[int]], counts: list[int]) -> list[list[int]]:
@@ -623,7 +625,7 @@ def test_most_lora_steps_of_a_row(bundle: Bundle) -> None:
 @pytest.fixture(scope="module", params=TARGETS)
 def drafting(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Bundle, dict[tuple[int, ...], list[int]]]:
+) -> Iterator[tuple[Bundle, dict[tuple[int, ...], list[int]]]]:
     """A bundle whose drafts are accepted now and then, and behind some prompts what transformers writes."""
     sharp = falcon_h1(lm_head_multiplier=200.0)  # so that drafts are sure enough
     source = traced_model(quartered(sharp))
@@ -635,7 +637,8 @@ def drafting(
         with torch.no_grad():
             made = source.model.generate(ids, max_new_tokens=50, do_sample=False, use_cache=False, eos_token_id=None)
         wanted[tuple(prompt)] = made[0, len(prompt) :].tolist()
-    return bundle, wanted
+    with Batch.open(bundle.root, slots=1, threads=1):
+        yield bundle, wanted
 
 
 @pytest.mark.parametrize("draft", ["lora", "ngram", "both"])
