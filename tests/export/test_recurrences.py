@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from lora_drop_runtime.bundle.graph_io import MOST_PENDING
 from lora_drop_runtime.decoding.paged_states import PagedStates
 from lora_drop_runtime.decoding.request import Request
 from lora_drop_runtime.decoding.slots import Run, _RecurrentStates
-from lora_drop_runtime.errors import InputError, ModelError
+from lora_drop_runtime.errors import BundleError, InputError, ModelError
 from lora_drop_runtime.plan.schedule import LastLogits, StepKind
 from lora_drop_tools.inspect import describe
 from safetensors.torch import load_file, save_file
@@ -741,6 +743,17 @@ def test_openvino_has_kernels_for_the_rules(make: Any, kernel: str, tmp_path: Pa
         kinds = [node.get_rt_info()["layerType"].astype(str) for node in nodes]
     assert kinds.count(kernel) == len(bundle.manifest.model.recurrent_layers)
     assert {"TensorIterator", "Loop"}.isdisjoint(kinds)
+
+
+def test_a_layer_that_the_manifest_does_not_name(bundle: Bundle, tmp_path: Path) -> None:
+    """Nothing would be bound to its inputs: OpenVINO would read where nothing is, and ONNX Runtime says so."""
+    root = tmp_path / "b"
+    shutil.copytree(bundle.root, root)
+    said = json.loads((root / "lora_drop.json").read_text())
+    said["model"]["recurrent_layers"] = said["model"]["recurrent_layers"][:-1]
+    (root / "lora_drop.json").write_text(json.dumps(said))
+    with pytest.raises(BundleError), Session.open(root, threads=1) as session:
+        session.generate([[5, 6, 7]], 4)
 
 
 def test_neutral_graphs(bundle: Bundle) -> None:

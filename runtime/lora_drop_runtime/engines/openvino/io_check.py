@@ -103,7 +103,8 @@ def _wanted(
 
 
 def check_io(model: Any, dtypes: Collection[str], manifest: Manifest, file: str) -> None:
-    """Refuse a graph that lacks an input or output, or has it with another shape; one of another plan or dtype.
+    """Refuse a graph that lacks an input or output, has it with another shape, or has more inputs; one of another plan
+    or dtype.
 
     Args:
         model: an openvino.Model as its frontend read it.
@@ -118,7 +119,8 @@ def check_io(model: Any, dtypes: Collection[str], manifest: Manifest, file: str)
     if model.get_friendly_name() != name:
         raise _differs(f"{file} is called {model.get_friendly_name()!r:.200}, the manifest's plan needs {name!r:.200}.")
     ports = _shapes(model.inputs), _shapes(model.outputs)
-    for wanted, found in zip(_wanted(manifest, ports[0]), ports, strict=True):
+    needed = _wanted(manifest, ports[0])
+    for wanted, found in zip(needed, ports, strict=True):
         for port, shape in wanted.items():
             if port == POSITIONS and port not in found:  # the model makes no use of any
                 continue
@@ -127,5 +129,8 @@ def check_io(model: Any, dtypes: Collection[str], manifest: Manifest, file: str)
             if has is None or not fits or any(None not in (a, b) and a != b for a, b in zip(has, shape, strict=True)):
                 state = "is missing" if has is None else f"is {has}"
                 raise _differs(f"{file}: {port} {state}, needed is {shape}.")
+    unknown = [name for name in ports[0] if name not in needed[0]]
+    if unknown:  # nothing would be bound there
+        raise _differs(f"{file} has an input {unknown[0]}, the manifest's model needs none.")
     if ("bfloat16" in dtypes) != (manifest.model.dtype == "bfloat16"):
         raise _differs(f"{file} names weights in {', '.join(sorted(dtypes))}; the dtype is {manifest.model.dtype}.")
