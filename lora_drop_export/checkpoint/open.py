@@ -34,7 +34,7 @@ from .gguf_config import complete_config
 from .mxfp4 import METHOD as MXFP4
 from .mxfp4 import mxfp4_tensors
 from .packed import packed_tensors
-from .packed_config import in_float8, rounded_activations
+from .packed_config import in_float8, rounds_more
 from .renamed import joined_experts, renamed_tensors
 from .text_part import MULTIMODAL, own_names, text_config, text_tensors
 
@@ -87,12 +87,19 @@ def _config(directory: Path, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
 
 
-def _quantization(config: Any) -> Any:
-    """What config.json says of quantized weights, as transformers of the whole model or its text; None for none."""
+def _quantization(config: Any, directory: Path) -> Any:
+    """What config.json says of quantized weights, as transformers of the whole model or its text; None for none.
+
+    ModelOpt's older checkpoints say it in a file of their own.
+    """
     with refused("The model's config cannot be used.", "config.json"):
         parts = config, config.get_text_config(decoder=True)
     found = (getattr(part, "quantization_config", None) for part in parts)
-    return next((one for one in found if one is not None), None)
+    said = next((one for one in found if one is not None), None)
+    if said is None and is_file(own := directory / "hf_quant_config.json"):
+        with refused("The checkpoint's quantization_config cannot be used.", own):
+            said = {"quant_method": "modelopt", **read_json(own, "The checkpoint cannot be used.")["quantization"]}
+    return said
 
 
 def _check_layer_count(config: Any, tensors: int) -> None:
@@ -379,7 +386,7 @@ def open_checkpoint(
                 note=f"{directory} has *.bin alone, and its model type is {config.model_type}.",
                 hint="Take one in safetensors files.",
             )
-        if _quantization(config) is not None:
+        if _quantization(config, directory) is not None:
             raise InputError(
                 "The checkpoint is quantized, and not in safetensors files.",
                 note=f"{directory} has *.bin alone, and config.json a quantization_config.",
@@ -397,7 +404,7 @@ def open_checkpoint(
     name = path.resolve().name if directory is path else model
     config = _config(directory, trust_remote_code)
     _check_layer_count(config, len(tensors))
-    quantization = _quantization(config)
+    quantization = _quantization(config, directory)
     if config.model_type in MULTIMODAL:
         log(f"note: the model is multimodal; its text decoder alone is taken ({config.model_type})")
         with refused("The model's config cannot be used.", "config.json"):
@@ -410,9 +417,9 @@ def open_checkpoint(
         log("the checkpoint's experts are in MXFP4, whose values int8 in blocks of 32 holds as they are")
     elif quantization is not None:
         tensors = packed_tensors(quantization, tensors)
-        held = "fp8 weights" if in_float8(quantization) else "integers"
-        log(f"the checkpoint's {held} are taken as they are ({quantization['quant_method']})")
-        if rounded_activations(quantization):
-            log("note: the checkpoint is made for activations in 8 bits, too; here they are not rounded")
+        if not in_float8(quantization):
+            log(f"the checkpoint's integers are taken as they are ({quantization['quant_method']})")
+        elif rounds_more(quantization):
+            log("note: the checkpoint is made for engines that round more than weights to 8 bits; here no more is")
     renamed, joined = _names(tensors, config)
     return Checkpoint(name, directory, config, tensors, renamed, joined, trust_remote_code)

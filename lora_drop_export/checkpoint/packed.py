@@ -1,7 +1,8 @@
-"""The weights of a checkpoint that GPTQ, AWQ or compressed-tensors quantized, their integers or fp8 as they lie.
+"""The weights of a checkpoint that GPTQ, AWQ or compressed-tensors quantized, their integers as they lie.
 
 Enters: `quantization_config` of config.json, the tensors of the files. Leaves: the same tensors, those that hold one
-quantized weight as one `PackedTensor` under the parameter's name. Forms that graphs cannot hold are refused by name.
+quantized weight as one `PackedTensor` under the parameter's name; of fp8 see float8.py. Forms that graphs cannot hold
+are refused by name.
 
 A weight [N, K] of b bits has G groups of K / G inputs, each with a scale and a zero point. A 32-bit word holds 32 / b
 values, the first in its lowest bits:
@@ -10,15 +11,12 @@ values, the first in its lowest bits:
     awq                  qweight [K, N·b/32], qzeros [G, N·b/32], of each word columns 0 2 4 6 1 3 5 7; scales [G, N]
     compressed-tensors   weight_packed [N, K·b/32], weight_zero_point [N·b/32, G] where there is one,
                          weight_scale [N, G]; signed integers plus 2^(b−1)
-    the same in fp8      weight [N, K] of E4M3, weight_scale [N, 1] or of one value
 """
 
 from __future__ import annotations
 
 import abc
-import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,30 +30,16 @@ from lora_drop_runtime.errors import ModelError
 
 from lora_drop_export.quantize.choice import Quantization, kept_format
 from lora_drop_export.quantize.dequantized import DequantizedTensor
-from lora_drop_export.quantize.formats import (
-    FLOAT8,
-    Blocked,
-    BlockFormat,
-    Integers,
-    dequantize,
-    dequantize_floats,
-    row_format,
-    unpack,
-)
+from lora_drop_export.quantize.formats import Blocked, BlockFormat, Integers, dequantize, unpack
 
 from .checkpoint import TensorSource
 from .experts import KeptExpertRows
+from .float8 import Float8Tensor, float8_tensors
 from .foreign import CHECKPOINT_HINT, refused
-from .packed_config import BITS, check_config, gptq_format, in_float8, refusal
+from .packed_config import BITS, check_config, damaged, gptq_format, in_float8, refusal
 
 _WORD_BITS = 32
 _AWQ_COLUMNS = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # where a word has columns 0, 1, 2, …
-
-
-def _damaged(name: str, reason: str) -> ModelError:
-    return ModelError(
-        "A quantized weight of the checkpoint is damaged.", note=f"{name} {reason}.", hint=CHECKPOINT_HINT
-    )
 
 
 def _values(words: npt.NDArray[Any], bits: int) -> Integers:
@@ -99,11 +83,6 @@ class PackedTensor(abc.ABC):
     @abc.abstractmethod
     def _zero_points(self) -> Integers | None:
         """[N, G]; None where all lie in the middle."""
-
-    @classmethod
-    def holds(cls, integers: TensorSource) -> bool:
-        """Whether the tensor in the place of a weight's integers is one: a weight in float may have that name, too."""
-        return True
 
     @property
     def quantization(self) -> Quantization:
@@ -165,7 +144,7 @@ def _checked(tensor: PackedTensor, wanted: Mapping[str, tuple[tuple[int, ...], t
         place = tensor.parts.get(part)
         if place is None or place.shape != shape or place.dtype not in dtypes:
             found = "is missing" if place is None else f"is {place.dtype} {list(place.shape)}"
-            raise _damaged(tensor.name, f"needs {part}, {' or '.join(dtypes)} {list(shape)}, which {found}")
+            raise damaged(tensor.name, f"needs {part}, {' or '.join(dtypes)} {list(shape)}, which {found}")
 
 
 def _refuse_short_group(tensor: PackedTensor, groups: int, sizes: Iterable[Any]) -> None:
@@ -189,11 +168,11 @@ def _refuse_order(name: str, order: TensorPlace | None, groups: int, scattered: 
     """
     if order is None:
         if scattered:
-            raise _damaged(name, "has scattered inputs (desc_act, actorder), and nothing says of which groups they are")
+            raise damaged(name, "has scattered inputs (desc_act, actorder), and nothing says of which groups they are")
         return
     found = np.asarray(order.read())
     if found.dtype.kind != "i" or found.ndim != 1 or not groups or len(found) % groups:
-        raise _damaged(name, f"says the groups of inputs as {order.dtype} {list(found.shape)}, and has {groups} groups")
+        raise damaged(name, f"says the groups of inputs as {order.dtype} {list(found.shape)}, and has {groups} groups")
     if not np.array_equal(found, np.arange(len(found)) // (len(found) // groups)):
         raise refusal(f"groups of scattered inputs (desc_act) in {name}")
 
@@ -270,12 +249,12 @@ class CompressedTensor(PackedTensor):
     @classmethod
     def made_of(cls, name: str, parts: Mapping[str, TensorPlace], config: Mapping[str, Any]) -> PackedTensor:
         if parts.get("weight_shape") is None or parts["weight_shape"].shape != (2,):
-            raise _damaged(f"{name}.weight", "has no weight_shape of two numbers")
+            raise damaged(f"{name}.weight", "has no weight_shape of two numbers")
         n, k = (int(size) for size in parts["weight_shape"].read())
         rows, words = parts["weight_packed"].shape
         bits = next((bits for bits in BITS if n == rows and words == -(-k * bits // _WORD_BITS)), 0)
         if not bits:
-            raise _damaged(f"{name}.weight", f"is said to be {[n, k]}; packed it is {[rows, words]}")
+            raise damaged(f"{name}.weight", f"is said to be {[n, k]}; packed it is {[rows, words]}")
         scales = parts.get("weight_scale")
         groups = scales.shape[-1] if scales is not None else 0
         tensor = cls(f"{name}.weight", parts, (n, k), bits)
@@ -300,58 +279,13 @@ class CompressedTensor(PackedTensor):
         return None if place is None else _values(place.read().T, self.bits)[:, : self.shape[0]].T
 
 
-class Float8Tensor(PackedTensor):
-    """E4M3 values, and a scale for each row or one for all of them."""
-
-    method, integers_in = "compressed-tensors", "weight"
-
-    @classmethod
-    def holds(cls, integers: TensorSource) -> bool:
-        return integers.dtype == FLOAT8
-
-    @classmethod
-    def made_of(cls, name: str, parts: Mapping[str, TensorPlace], config: Mapping[str, Any]) -> PackedTensor:
-        shape = parts["weight"].shape
-        if len(shape) != 2:
-            raise _damaged(f"{name}.weight", f"is {list(shape)}, which is no matrix")
-        tensor = cls(f"{name}.weight", parts, (shape[0], shape[1]), 8)
-        scale = parts.get("weight_scale")
-        one = scale is not None and math.prod(scale.shape) == 1
-        wanted = scale.shape if scale is not None and one else (shape[0], 1)
-        _checked(tensor, {"weight": (shape, (FLOAT8,)), "weight_scale": (wanted, MODEL_DTYPES)})
-        return tensor
-
-    @functools.cached_property
-    def native(self) -> BlockFormat:
-        return row_format(self.shape[1])
-
-    def native_rows(self, begin: int, end: int) -> Blocked:
-        """Rows `begin` to `end`: the bits of E4M3, scales [n, 1], and zero points that nobody reads."""
-        scales = np.broadcast_to(self._scales(), (self.shape[0], 1))[begin:end].astype(np.float32)
-        return self._integers(begin, end), scales, np.zeros(scales.shape, np.uint8)
-
-    def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
-        return dequantize_floats(*self.native_rows(begin, end)[:2])
-
-    def _integers(self, begin: int, end: int) -> Integers:
-        return dataclasses.replace(self.parts["weight"], dtype="uint8").rows(begin, end)
-
-    def _scales(self) -> npt.NDArray[Any]:
-        """[N, 1], or one for all."""
-        return self.parts["weight_scale"].read().reshape(-1, 1)
-
-    def _zero_points(self) -> Integers | None:
-        return None
-
-
 # Of a quantized checkpoint or of a bundle: they are stored as they are
-Kept = PackedTensor | DequantizedTensor | KeptExpertRows
+Kept = PackedTensor | Float8Tensor | DequantizedTensor | KeptExpertRows
 
 _METHODS: dict[str, type[PackedTensor]] = {kind.method: kind for kind in (GptqTensor, AwqTensor, CompressedTensor)}
 _PARTS = {
     *("qweight", "qzeros", "scales", "g_idx"),
     *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
-    *("weight", "input_scale"),
 }
 
 
@@ -367,21 +301,22 @@ def packed_tensors(config: Any, tensors: Mapping[str, TensorSource]) -> dict[str
     """
     with refused("The checkpoint's quantization_config cannot be used.", "config.json"):
         check_config(config)
-        kind = Float8Tensor if in_float8(config) else _METHODS[config["quant_method"]]
+    if in_float8(config):
+        return float8_tensors(config, tensors)
+    kind = _METHODS[config["quant_method"]]
     weights: dict[str, dict[str, TensorPlace]] = {}
     found: dict[str, TensorSource] = {}
     for full_name, tensor in tensors.items():
         name, _, part = full_name.rpartition(".")
         integers = tensors.get(f"{name}.{kind.integers_in}") if part in _PARTS else None
-        if integers is not None and kind.holds(integers) and isinstance(tensor, TensorPlace):
+        if integers is not None and isinstance(tensor, TensorPlace):
             weights.setdefault(name, {})[part] = tensor
         else:
             found[full_name] = tensor
     if not weights:
         raise ModelError(
             "The checkpoint does not hold the model that its config describes.",
-            note=f"quantization_config says {kind.method}, and no tensor is called *.{kind.integers_in}"
-            f"{' and in fp8' if kind is Float8Tensor else ''}.",
+            note=f"quantization_config says {kind.method}, and no tensor is called *.{kind.integers_in}.",
             hint=CHECKPOINT_HINT,
         )
     for name, parts in weights.items():

@@ -10,8 +10,11 @@ from typing import Any
 
 from lora_drop_runtime.errors import ModelError
 
+from .foreign import CHECKPOINT_HINT
+
 BITS = (4, 8)
 FLOAT_FORMATS = ("float-quantized", "naive-quantized")  # the latter where weights alone are rounded
+FLOAT_METHODS = ("fp8", "fbgemm_fp8", "modelopt")
 _ACTIVATIONS = ["input_activations", "output_activations"]
 
 
@@ -20,9 +23,16 @@ def refusal(what: str) -> ModelError:
     return ModelError(
         "The checkpoint is quantized in a form that is not read.",
         note=f"It has {what}. Read are gptq, awq (gemm) and compressed-tensors (pack-quantized) of 4 or 8 bits, "
-        "with inputs in their order, compressed-tensors of fp8 (float-quantized), a scale per channel or tensor, and "
+        "with inputs in their order, fp8 (fp8, fbgemm_fp8, modelopt, and float-quantized of compressed-tensors), and "
         "mxfp4 of GPT-OSS.",
         hint="Take the model's float checkpoint, a GGUF file, or one that is quantized otherwise.",
+    )
+
+
+def damaged(name: str, reason: str) -> ModelError:
+    """The error of a weight whose parts do not fit."""
+    return ModelError(
+        "A quantized weight of the checkpoint is damaged.", note=f"{name} {reason}.", hint=CHECKPOINT_HINT
     )
 
 
@@ -50,21 +60,49 @@ def _check_awq(config: Mapping[str, Any]) -> None:
 
 
 def in_float8(config: Mapping[str, Any]) -> bool:
-    """Whether a config that is read is one of compressed-tensors in fp8."""
-    return config.get("format") in FLOAT_FORMATS
+    """Whether a config that is read is one of weights in fp8."""
+    return config["quant_method"] in FLOAT_METHODS or config.get("format") in FLOAT_FORMATS
 
 
-def rounded_activations(config: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint in fp8 is meant for engines that round activations, too."""
-    groups = config["config_groups"].values() if in_float8(config) else ()
-    return any(group.get("input_activations") for group in groups)
+def rounds_more(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint in fp8 is meant for engines that round activations or caches, too."""
+    if config["quant_method"] in FLOAT_METHODS:
+        return True
+    groups = config["config_groups"].values()
+    return bool(config.get("kv_cache_scheme")) or any(group.get("input_activations") for group in groups)
+
+
+def _block(sizes: Any) -> tuple[int, int]:
+    """Rows and columns that share a scale, as `[128, 128]` or `128x128`."""
+    high, wide = (int(size) for size in (sizes.split("x") if isinstance(sizes, str) else sizes))
+    if min(high, wide) < 1:
+        raise ValueError(f"blocks of {sizes!r:.80}")
+    return high, wide
+
+
+def float8_blocks(config: Mapping[str, Any]) -> set[tuple[int, int]]:
+    """Rows and columns of the blocks that share a scale; none where rows or whole weights do."""
+    if config["quant_method"] in FLOAT_METHODS:
+        sizes = config.get("weight_block_size", (128, 128)) if config["quant_method"] == "fp8" else None
+        return set() if sizes is None else {_block(sizes)}
+    weights = [group["weights"] for group in config["config_groups"].values()]
+    return {_block(one["block_structure"]) for one in weights if one["strategy"] == "block"}
+
+
+def _check_float8(config: Mapping[str, Any]) -> None:
+    _one_of("fp8 of format", config.get("fmt") or "e4m3", ("e4m3",))
+    _one_of("experts of dtype", config.get("expert_dtype") or "fp8", ("fp8",))
+    if config["quant_method"] == "modelopt":
+        _one_of("modelopt with quant_algo", config.get("quant_algo"), ("FP8",))
+    float8_blocks(config)
 
 
 def _check_compressed(config: Mapping[str, Any]) -> None:
     _one_of("compressed-tensors of format", config.get("format"), ("pack-quantized", *FLOAT_FORMATS))
     floats = in_float8(config)
     formats, rounded = (FLOAT_FORMATS, ["output_activations"]) if floats else (("pack-quantized",), _ACTIVATIONS)
-    _one_of("compressed-tensors with quantized caches, kv_cache_scheme", config.get("kv_cache_scheme"), (None,))
+    if not floats:
+        _one_of("compressed-tensors with quantized caches, kv_cache_scheme", config.get("kv_cache_scheme"), (None,))
     _one_of("compressed-tensors with transform_config", config.get("transform_config") or {}, ({},))
     _one_of("sparse weights, sparsity_config", (config.get("sparsity_config") or {}).get("format"), (None, "dense"))
     for group in config["config_groups"].values():
@@ -74,13 +112,15 @@ def _check_compressed(config: Mapping[str, Any]) -> None:
         weights = group["weights"]
         _one_of("compressed-tensors of type", weights.get("type"), ("float",) if floats else ("int",))
         _one_of("compressed-tensors with num_bits", weights.get("num_bits"), (8,) if floats else BITS)
-        strategies = ("tensor", "channel") if floats else ("group", "channel")
+        strategies = ("tensor", "channel", "block") if floats else ("group", "channel")
         _one_of("compressed-tensors with strategy", weights.get("strategy"), strategies)
         if floats:
             _one_of("fp8 weights with symmetric", weights.get("symmetric", True), (True,))
+    float8_blocks(config)
 
 
 _CHECKS = {"gptq": _check_gptq, "awq": _check_awq, "compressed-tensors": _check_compressed}
+_CHECKS |= dict.fromkeys(FLOAT_METHODS, _check_float8)
 
 
 def check_config(config: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.bundle.adapters import AdapterConfig, folded, read_adapter_config, read_adapters, weight_shapes
 from lora_drop_runtime.bundle.graph_io import NO_HEADS
-from lora_drop_runtime.bundle.manifest import Limits, ModelFacts, SpecialTokens
+from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, Limits, ModelFacts, SpecialTokens
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.dtypes import BY_NAME, MODEL_DTYPES
 from lora_drop_runtime.errors import InputError, PlanError, one_line
@@ -28,6 +28,7 @@ from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.experts import APART, DOWN, ROWS, KeptExpertRows, gate_up_of
+from lora_drop_export.checkpoint.float8 import Float8Tensor, Float8Values
 from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.checkpoint.gguf import GgufTensor
 from lora_drop_export.checkpoint.mxfp4 import Mxfp4Rows
@@ -41,7 +42,7 @@ from lora_drop_export.quantize.choice import Quantization, block_formats, common
 from lora_drop_export.quantize.formats import FLOAT8, BlockFormat
 from lora_drop_export.targets.target import TARGETS
 
-from .options import BuildOptions, PlanOptions, always_kept
+from .options import NO_TARGET, BuildOptions, PlanOptions, always_kept
 
 
 def kept_weights(refs: Mapping[str, TensorSource]) -> dict[str, Kept]:
@@ -61,6 +62,25 @@ def native_formats(refs: Mapping[str, TensorSource]) -> dict[str, BlockFormat]:
 def kept_formats(refs: Mapping[str, TensorSource]) -> dict[str, BlockFormat]:
     """Their block formats."""
     return {name: ref.native for name, ref in kept_weights(refs).items()}
+
+
+def with_float8(checkpoint: Checkpoint, options: BuildOptions, console: Console) -> Checkpoint:
+    """The checkpoint with weights in fp8 that are taken as they are, where each target takes them and no other dtype
+    is asked for; else as floats."""
+    values = [ref for ref in checkpoint.tensors.values() if isinstance(ref, Float8Values)]
+    if not values:
+        return checkpoint
+    kept = [ref for ref in values if isinstance(ref, Float8Tensor)]
+    targets = [TARGETS[name] for name in options.targets if name != NO_TARGET]
+    if kept and options.dtype in (None, FLOAT8) and all(one.takes_kept(kept[0].native) for one in targets):
+        console.say(f"the checkpoint's fp8 weights are taken as they are ({kept[0].method})")
+        return checkpoint
+    hint = (
+        "" if options.dtype in QUANTIZED_DTYPES else ", which take more bytes; --dtype int8 or int4 rounds them again"
+    )
+    console.say(f"the checkpoint's fp8 weights are read as floats{hint}")
+    tensors = {name: ref.widened if isinstance(ref, Float8Tensor) else ref for name, ref in checkpoint.tensors.items()}
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
 def is_of_a_layer(name: str) -> bool:

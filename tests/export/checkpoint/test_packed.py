@@ -17,7 +17,6 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-import torch
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
 from lora_drop_runtime.errors import InputError, ModelError
@@ -49,8 +48,7 @@ FORMS = {
     "compressed-tensors-channel": (4, 64, 32, True),
     "compressed-tensors-8-bit": (8, 32, 32, False),
 }
-# In fp8: a scale for each row, as it is or that of the whole. Only targets of TensorRT take them (test_float8.py)
-FLOATS = ("compressed-tensors-fp8-channel", "compressed-tensors-fp8-dynamic", "compressed-tensors-fp8-tensor")
+FLOATS = {f"compressed-tensors-fp8-{kind}" for kind in ("channel", "dynamic", "tensor", "block")}  # test_float8.py
 PLAN = {"drop_layers": (1,), "always_first": 0, "always_last": 0, "max_seq_len": 48}
 ANOTHER_FORM = "quantized in a form that is not read"
 
@@ -83,7 +81,7 @@ def test_every_checkpoint_is_here() -> None:
     assert {path.parent.name for path in DIRECTORY.glob("*/config.json")} == {*FORMS, *FLOATS, "gptq-act-order"}
 
 
-@pytest.mark.parametrize("name", [*FORMS, *FLOATS])
+@pytest.mark.parametrize("name", FORMS)
 def test_values_are_the_librarys(name: str) -> None:
     """All of them bit by bit, in the dtype of the scales; in rows as in the whole."""
     checkpoint, (digests, digest) = opened(DIRECTORY / name), reference(name)
@@ -96,9 +94,9 @@ def test_values_are_the_librarys(name: str) -> None:
         assert digest(values) == digests[weight], weight
         assert np.array_equal(tensor.rows(3, 21), values[3:21])
         assert np.array_equal(tensor.rows(len(values) - 1, len(values) + 5), values[-1:])
-        bits, of_64, of_96, symmetric = FORMS.get(name, (8, 64, 96, True))
+        bits, of_64, of_96, symmetric = FORMS[name]
         size = of_96 if tensor.shape[1] == 96 else of_64
-        assert tensor.native == BlockFormat(bits, size, symmetric, floating=name in FLOATS)
+        assert tensor.native == BlockFormat(bits, size, symmetric)
         assert len(np.unique(tensor.native_rows(0, 32)[0])) > 10
     assert not hasattr(checkpoint.config, "quantization_config")
 
@@ -270,8 +268,9 @@ def of_weights(name: str = "compressed-tensors-group-32", **changes: Any) -> dic
     return {"config_groups": {"group_0": groups["group_0"] | {"weights": groups["group_0"]["weights"] | changes}}}
 
 
+FLOAT = "compressed-tensors-fp8-channel"
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("gptq-group-32", {"quant_method": "fp8"}, "quant_method 'fp8'"),
+    ("gptq-group-32", {"quant_method": "quark"}, "quant_method 'quark'"),
     ("gptq-group-32", {"quant_method": ["gptq"]}, "quant_method ['gptq']"),
     ("gptq-group-32", {"bits": 3}, "gptq with bits 3"),
     ("gptq-group-32", {"checkpoint_format": "marlin"}, "gptq of format 'marlin'"),
@@ -287,11 +286,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("compressed-tensors-group-32", of_weights(type="float"), "of type 'float'"),
     ("compressed-tensors-group-32", of_weights(num_bits=3), "num_bits 3"),
     ("compressed-tensors-group-32", of_weights(strategy="block"), "strategy 'block'"),
-    ("compressed-tensors-fp8-channel", of_weights(FLOATS[0], strategy="block"), "strategy 'block'"),
-    ("compressed-tensors-fp8-channel", of_weights(FLOATS[0], type="int"), "of type 'int'"),
-    ("compressed-tensors-fp8-channel", of_weights(FLOATS[0], num_bits=4), "num_bits 4"),
-    ("compressed-tensors-fp8-channel", of_weights(FLOATS[0], symmetric=False), "symmetric False"),
-    ("compressed-tensors-fp8-dynamic", {"kv_cache_scheme": {"num_bits": 8}}, "quantized caches"),
+    (FLOAT, of_weights(FLOAT, strategy="group"), "strategy 'group'"),
+    (FLOAT, of_weights(FLOAT, type="int"), "of type 'int'"),
+    (FLOAT, of_weights(FLOAT, num_bits=4), "num_bits 4"),
+    (FLOAT, of_weights(FLOAT, symmetric=False), "symmetric False"),
 ]
 
 
@@ -383,29 +381,6 @@ def test_damaged_parts(name: str, how: str, tmp_path: Path) -> None:
         with pytest.raises((ModelError, InputError)) as error:
             opened(directory)
         assert error.value.note, part
-
-
-@pytest.mark.parametrize("how", ["missing", "flat", "float", "wide", "bare"])
-def test_damaged_parts_of_fp8(how: str, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    directory = copy(tmp_path, "compressed-tensors-fp8-channel")
-    tensors = load_file(directory / "model.safetensors")
-    name = "model.layers.1.mlp.up_proj.weight"
-    if how == "missing":
-        del tensors[f"{name}_scale"]
-    elif how == "flat":
-        tensors[name] = tensors[name].reshape(-1)
-    elif how == "float":
-        tensors[f"{name}_scale"] = tensors[f"{name}_scale"].to(torch.int32)
-    elif how == "wide":
-        tensors[f"{name}_scale"] = tensors[f"{name}_scale"].repeat(1, 2).contiguous()
-    else:
-        tensors = {key: value for key, value in tensors.items() if value.dtype != torch.float8_e4m3fn}
-    save_file(tensors, directory / "model.safetensors")
-    with pytest.raises(ModelError) as error:
-        opened(directory)
-    assert ("no tensor is called *.weight and in fp8" if how == "bare" else name) in error.value.note
 
 
 def test_no_quantized_weight(tmp_path: Path) -> None:

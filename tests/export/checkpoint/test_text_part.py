@@ -295,7 +295,7 @@ def test_end_tokens_are_the_whole_models(tmp_path: Path) -> None:
 def test_weights_that_the_text_config_says_are_quantized(tmp_path: Path) -> None:
     """As transformers has it: without it they would be taken for weights in float."""
     model = qwen2_5_vl()
-    model.config.text_config.quantization_config = {"quant_method": "fp8"}
+    model.config.text_config.quantization_config = {"quant_method": "quark"}
     model.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="quantized in a form that is not read"):
         open_checkpoint(str(tmp_path), tmp_path / "scratch")

@@ -98,7 +98,7 @@ def llmcompressor(out: Path) -> None:
     from safetensors.torch import load_file
 
     data = Dataset.from_dict({"input_ids": token_windows().tolist(), "attention_mask": [[1] * WINDOW] * WINDOWS})
-    floats = {"type": "float", "num_bits": 8}
+    floats, blocks = {"type": "float", "num_bits": 8}, {"strategy": "block", "block_structure": [32, 32]}
     rows: list[tuple[str, type, torch.dtype, dict[str, Any], dict[str, Any] | None]] = [
         ("group-32", GPTQModifier, torch.bfloat16, {"num_bits": 4, "strategy": "group", "group_size": 32}, None),
         ("asymmetric", GPTQModifier, torch.float16, {"num_bits": 4, "strategy": "group", "group_size": 32}, None),
@@ -113,6 +113,7 @@ def llmcompressor(out: Path) -> None:
             *("fp8-tensor", QuantizationModifier, torch.float16, floats | {"strategy": "tensor"}),
             floats | {"strategy": "tensor"},
         ),
+        ("fp8-block", QuantizationModifier, torch.bfloat16, floats | blocks, None),
     ]
     for name, modifier, dtype, given, activations in rows:
         symmetric = name not in ("asymmetric", "8-bit")
