@@ -468,6 +468,17 @@ def test_prefix(bundle: Bundle) -> None:
         assert session.generate([other], 6, stop_token_ids=(), reuse_prefix=True)[0].tolist() == expected[1]
 
 
+@pytest.mark.parametrize(("before", "rows"), [(1, 2), (2, 1), (3, 1)])
+def test_prefix_of_a_request_of_other_rows(before: int, rows: int, bundle: Bundle) -> None:
+    """The states that are taken over are the row's, however many rows the two requests have."""
+    first = [[7, 3, 11, 19, 2], [5, 6, 8], [23, 29]][:before]
+    with Session.open(bundle.root, threads=1) as session:
+        said = session.generate(first, 2, stop_token_ids=())
+        prompts = [[*first[0], *said[0].tolist(), 4 + row, 9] for row in range(rows)]
+        again = session.generate(prompts, 6, stop_token_ids=(), reuse_prefix=True)
+    assert [row.tolist() for row in again] == _alone(bundle, prompts, [6] * rows)
+
+
 def test_truncate(bundle: Bundle) -> None:
     """Back to what the states have, and no further."""
     prompt, behind = [7, 3, 11, 19, 2], [4, 9, 5]

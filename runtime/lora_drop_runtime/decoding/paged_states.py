@@ -169,7 +169,7 @@ class PagedStates:
         size, side = self._form.recent, self._sides[target]
         theirs = other._entries[:, source * size : (source + 1) * size]
         self._entries[:, target * size : (target + 1) * size] = theirs
-        self._states[:, self._place(target, side)] = other._states[:, self._place(source, other._sides[source])]
+        self._states[:, self._place(target, side)] = other._states[:, other._place(source, other._sides[source])]
         self.tokens[target] = other.tokens[source]
 
     # ── a call ─────────────────────────────────────────────────────────────────────────────────────────────────
