@@ -39,3 +39,33 @@ def test_a_fork_ends(target, how, tmp_path) -> None:
     command = [sys.executable, "-c", CODE, str(bundle.root), target, how]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=900, check=True)
     assert done.stdout == "ends\n"
+
+
+REFUSED = """
+import os, signal, sys
+from lora_drop_runtime import Session
+from lora_drop_runtime.errors import InputError
+
+Session.open(sys.argv[1], target="openvino", threads=1).close()
+child = os.fork()
+if not child:
+    signal.alarm(600)
+    try:
+        Session.open(sys.argv[1], target="openvino", threads=1)
+    except InputError as error:
+        print(error, flush=True)
+        os._exit(3)
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+Session.open(sys.argv[1], target="openvino", threads=1).close()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on Windows")
+def test_a_fork_that_would_wait_for_ever_is_refused(tmp_path) -> None:
+    pytest.importorskip("openvino")
+    bundle = make_bundle("llama", tmp_path / "bundle", targets=("openvino",))
+    command = [sys.executable, "-c", REFUSED, str(bundle.root)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=900, check=True)
+    assert "in a process that was forked from one where it had" in done.stdout
+    assert "spawn" in done.stdout

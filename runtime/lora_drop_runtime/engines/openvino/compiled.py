@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import threading
 import weakref
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from lora_drop_runtime.bundle.paged_io import BLOCK
 from lora_drop_runtime.engines.forked import hold_in_forks
 from lora_drop_runtime.engines.huge_pages import HugePages
 from lora_drop_runtime.engines.libc import forget_pages, trim_heap
-from lora_drop_runtime.errors import BundleError, LoraDropError, engine_hint, first_line
+from lora_drop_runtime.errors import BundleError, InputError, LoraDropError, engine_hint, first_line
 
 from .io_check import check_io
 from .package import import_openvino
@@ -87,6 +88,7 @@ class Compiled:
 
 _lock = threading.Lock()
 _open: weakref.WeakValueDictionary[tuple[Any, ...], Compiled] = weakref.WeakValueDictionary()
+_processes: set[int] = set()  # that have compiled: this one, and those that it is a fork of
 
 
 def properties(bundle: Bundle, settings: Settings, group: int) -> dict[str, Any]:
@@ -191,6 +193,18 @@ def said(error: Exception) -> str:
     return (of_a_node or reasons or lines or [first_line(error)])[0][:300]
 
 
+def _refuse_fork() -> None:
+    """OpenVINO compiles with threads that a fork has none of, and would wait for them for ever."""
+    if _processes - {os.getpid()}:
+        raise InputError(
+            "OpenVINO compiles no bundle in a process that was forked from one where it had.",
+            note=f"Process {os.getpid()} was forked from {max(_processes - {os.getpid()})}.",
+            hint="Start processes by multiprocessing's spawn, fork before the first session is opened, or go on with "
+            "one that was open when the process was forked.",
+        )
+    _processes.add(os.getpid())
+
+
 def _no_halves() -> BundleError:
     return BundleError(
         "This processor cannot compute in bfloat16.",
@@ -242,6 +256,7 @@ def _described(ov: Any, compiled: Any, notes: list[str]) -> Compiled:
 
 def _compile(bundle: Bundle, target: str, settings: Settings, replaced: Mapping[str, Array]) -> Compiled:
     ov = import_openvino()
+    _refuse_fork()
     from .conversion import Conversions
 
     entry = bundle.target(target)[1]
@@ -284,7 +299,7 @@ def compiled_model(
     """The compiled steps of a bundle; with `replaced` adapters one of its own.
 
     Raises:
-        InputError: no OpenVINO is installed, or another version.
+        InputError: no OpenVINO is installed, or another version; the process is a fork of one that has compiled.
         BundleError: OpenVINO cannot load the graph, or this processor cannot compute it.
     """
     if replaced:
