@@ -82,16 +82,18 @@ def check_names(model: str, out: Path) -> None:
 def windows_of_config(config: Any) -> tuple[int, ...] | None:
     """The sliding window of each layer, 0 for none, as far as a config tells; None where it does not say its layers.
 
-    transformers has two ways to say it: `layer_types` for each layer, or one `sliding_window` for all.
+    transformers has two ways to say it: `layer_types` for each layer, or one `sliding_window` for all. GPT-Neo has a
+    third.
     """
     layers, size = getattr(config, "num_hidden_layers", None), getattr(config, "sliding_window", None)
     if type(layers) is not int or layers < 1:
         return None
     used = type(size) is int and size > 0 and getattr(config, "use_sliding_window", None) is not False
     size = window_within(config, size) if used else 0
-    types = getattr(config, "layer_types", None)
+    types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
     if isinstance(types, list | tuple) and len(types) == layers:
-        sizes = {"sliding_attention": size, CONVOLUTION: convolution_window(config)}
+        local = window_within(config, getattr(config, "window_size", None))
+        sizes = {"sliding_attention": size, "local": local, CONVOLUTION: convolution_window(config)}
         sizes |= dict.fromkeys(RECURRENT, recurrence_window(config))
         return tuple(sizes.get(kind, 0) for kind in types)
     # Code that a model brings may mean something else by it

@@ -12,6 +12,7 @@ from lora_drop_export.weights.resolve import find_tensor
 
 from .convolutions import exchange_convolutions
 from .experts import exchange_experts
+from .own_attentions import built_with, tell_attention
 from .recurrences import exchange_recurrences
 from .text_models import register_text_model
 
@@ -55,7 +56,8 @@ def build_model(checkpoint: Checkpoint, dtype: str, attention: str | None = None
     from transformers import AutoModelForCausalLM
 
     config = checkpoint.config
-    chosen = {"experts_implementation": "eager"} | ({} if attention is None else {"attn_implementation": attention})
+    built = None if attention is None else built_with(config, attention)
+    chosen = {"experts_implementation": "eager"} | ({} if built is None else {"attn_implementation": built})
     with refused(
         "transformers cannot build this model as a causal language model.",
         f"Model type {config.model_type!r:.80}",
@@ -76,6 +78,8 @@ def build_model(checkpoint: Checkpoint, dtype: str, attention: str | None = None
         model.config._experts_implementation = experts  # older versions take their own names alone as an option
         exchange_experts(model)
     if attention is not None:
+        if built != attention:
+            tell_attention(model, attention)
         exchange_convolutions(model)
         exchange_recurrences(model)
     return model

@@ -25,7 +25,7 @@ _RECURRENT = (
     *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"),
     *("kimi_linear", "bailing_hybrid", "granitemoehybrid", "bamba", "falcon_h1", "nemotron_h"),
 )
-_OWN_ATTENTION = ("falcon", "gpt_neo", "mpt")
+_OWN_ATTENTION = ("mpt",)
 _OTHER_ATTENTION = ("linear", "chunked", "compressed", "indexed", "reference")  # words in the types of layers
 
 

@@ -194,6 +194,32 @@ def codegen() -> transformers.PreTrainedModel:
     return build(transformers.CodeGenForCausalLM, transformers.CodeGenConfig, seed=45, **FEW, rotary_dim=8)
 
 
+def gpt_neo() -> transformers.PreTrainedModel:
+    """Attention in code of its own: scores that are not scaled, a window in one of two layers."""
+    options = FEW | {"attention_types": [[["local", "global"], 1]], "window_size": 4}
+    return build(transformers.GPTNeoForCausalLM, transformers.GPTNeoConfig, seed=46, **options)
+
+
+def _falcon(seed: int, **options: Any) -> transformers.PreTrainedModel:
+    options |= FEW | {"ffn_hidden_size": 96, "alibi": False}
+    return build(transformers.FalconForCausalLM, transformers.FalconConfig, seed, **options)
+
+
+def falcon() -> transformers.PreTrainedModel:
+    """Attention in code of its own: one head of keys and values, in one product with the queries of all."""
+    return _falcon(47, multi_query=True, parallel_attn=True)
+
+
+def falcon_grouped() -> transformers.PreTrainedModel:
+    """The product has queries, a key and a value for each group of heads; attention and MLP have a norm each."""
+    return _falcon(48, new_decoder_architecture=True, num_kv_heads=2)
+
+
+def falcon_heads() -> transformers.PreTrainedModel:
+    """A key and a value for each head, attention and MLP one behind the other, biases."""
+    return _falcon(49, multi_query=False, parallel_attn=False, bias=True, num_kv_heads=4)
+
+
 _EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32}
 _WIDER_KEYS = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
 
@@ -326,6 +352,10 @@ MORE_FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
         exaone,
         gptj,
         codegen,
+        gpt_neo,
+        falcon,
+        falcon_grouped,
+        falcon_heads,
         deepseek_v2,
         deepseek_v3,
         minicpm3,

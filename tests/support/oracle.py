@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -114,6 +115,12 @@ class Row:
                 if hasattr(getattr(layer, "self_attn", None), "forget_gate"):
                     rule = layer.self_attn
                     undo.enter_context(mock.patch.object(rule, "forward", partial(kimi_rule, rule, i)))
+                if hasattr(layer, "attn") and hasattr(getattr(layer.attn, "attention", None), "_attn"):
+                    undo.enter_context(mock.patch.object(layer.attn.attention, "_attn", partial(gpt_neo, layer, i)))
+                if hasattr(layer, "self_attention"):
+                    own = layer.self_attention
+                    own.config._attn_implementation = "sdpa"  # it stays so: of these it can be told no other
+                    undo.enter_context(mock.patch.object(own, "forward", partial(falcon, i, own.forward)))
                 norm = norm_after_attention(layer)
                 if norm is not None:
                     undo.enter_context(norm.register_forward_pre_hook(partial(self.keep_h, i)))
@@ -286,6 +293,24 @@ def attention(
 
 
 AttentionInterface.register(ATTENTION_NAME, attention)
+
+
+def gpt_neo(layer, i: int, query, key, value, _mask=None) -> tuple[Tensor, None]:
+    """GPT-Neo's own function: scores are not scaled, and some layers see no further than a window."""
+    window = layer.attn.attention.config.window_size if layer.attn.attention_type == "local" else None
+    module = SimpleNamespace(layer_idx=i)
+    return attention(module, query, key, value, None, scaling=1.0, sliding_window=window)[0].transpose(1, 2), None
+
+
+def falcon(i: int, forward, *args, **kwargs) -> tuple[Tensor, None]:
+    """Falcon's own forward, which calls PyTorch's attention of the tokens of one call."""
+
+    def attend(query, key, value, **_unused) -> Tensor:
+        module = SimpleNamespace(layer_idx=i)
+        return attention(module, query, key, value, None, scaling=query.shape[3] ** -0.5)[0].transpose(1, 2)
+
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attend):
+        return forward(*args, **kwargs)
 
 
 def convolution(module, hidden_states: Tensor, **_unused) -> Tensor:

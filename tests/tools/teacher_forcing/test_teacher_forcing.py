@@ -28,8 +28,12 @@ from tests.support.models import (
     GEMMA2_WINDOW,
     MORE_FAMILIES,
     build,
+    falcon,
+    falcon_grouped,
+    falcon_heads,
     gemma4,
     gemma4_experts,
+    gpt_neo,
     gptj,
     stablelm_parallel,
 )
@@ -199,13 +203,25 @@ def test_the_first_and_the_last_layer(surrogate: str, policy: str) -> None:
     assert_as_the_oracle("llama_tied", everything, policy, 2)
 
 
-@pytest.mark.parametrize("model", [gptj, stablelm_parallel])
+@pytest.mark.parametrize("model", [gptj, stablelm_parallel, falcon, falcon_grouped])
 def test_halves_that_run_beside_each_other_are_refused(model: Callable[[], PreTrainedModel]) -> None:
     forcing = TeacherForcing(model())
     first = DropPlan(2, ("1",), always_first=0, always_last=0)
     forcing.check_halves(first)
     with pytest.raises(ModelError, match=r"(?s)no halves.*layer 1.*Name whole layers"):
         forcing.check_halves(dataclasses.replace(first, sites=("1.attn",)))
+
+
+@pytest.mark.parametrize("builder", [gpt_neo, falcon, falcon_grouped, falcon_heads])
+def test_attention_in_code_of_its_own(builder: Callable[[], PreTrainedModel]) -> None:
+    model = builder()
+    ids = torch.randint(0, 131, (2, 12), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = model(ids).logits  # before its attention is exchanged
+        forcing = TeacherForcing(model)
+        ours = forcing.logits(forcing.exact(ids)[-1].output)
+    assert (ours - expected).abs().max() < TOLERANCE * expected.abs().max()
+    assert forcing.windows() == ((4, 0) if builder is gpt_neo else (0, 0))
 
 
 def test_halves_whose_stream_has_another_shape_are_refused() -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from lora_drop_export.decoder.attention_interface import AttentionCall, register_attention
 from lora_drop_export.decoder.convolutions import ConvolutionCall, exchange_convolutions
+from lora_drop_export.decoder.own_attentions import tell_attention
 from lora_drop_export.decoder.recurrences import RecurrenceCall, exchange_recurrences, shifted_window
 
 ATTENTION_NAME = "lora_drop_teacher_forcing"
@@ -94,7 +95,7 @@ def _attend(call: AttentionCall | ConvolutionCall | RecurrenceCall) -> Any:
 def exchange_attention(model: Any) -> None:
     """Let a model's layers call `_attend`, for good."""
     register_attention(ATTENTION_NAME, _attend)
-    model.set_attn_implementation(ATTENTION_NAME)
+    tell_attention(model, ATTENTION_NAME)
     exchange_convolutions(model)
     exchange_recurrences(model)
 
