@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import pickle
+import re
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -251,7 +252,7 @@ def oracle_plan(bundle: Bundle, adapters: Path | None = None) -> OraclePlan:
         matrices = {}
         for name, a in tensors.items():
             if ".lora_A." in name:
-                layer, _, half = name.split(".layers.")[1].partition(".")
+                layer, _, half = re.split(r"\.(?:layers|h)\.", name)[1].partition(".")
                 key = layer + {"l": "", "s": ".attn", "m": ".mlp"}[half[0]]
                 b = tensors[name.replace("lora_A", "lora_B")]
                 matrices[key] = (a.to(torch.float32), b.to(torch.float32), config["lora_alpha"] / config["r"])

@@ -28,9 +28,9 @@ def with_tokenizer(name: str, directory: Path) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from tests.support.models import FAMILIES
+    from tests.support.models import FAMILIES, MORE_FAMILIES
 
-    FAMILIES[name]().save_pretrained(directory)
+    (FAMILIES | MORE_FAMILIES)[name]().save_pretrained(directory)
     vocabulary = {f"t{n}": n for n in range(131)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

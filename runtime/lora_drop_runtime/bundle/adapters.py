@@ -7,7 +7,8 @@ Enters: a PEFT-style directory. Leaves: A [r, d] and s·B [d, r] per surrogate, 
                                  for, whether neighbours were fitted apart, and bare_sites: those without an adapter.
                                  Version 0.1 wrote drop_layers and injection in the place of sites
     adapter_model.safetensors    …layers.4.lora_A.weight [r, d], …layers.4.lora_B.weight [d, r]; of halves
-                                 …layers.4.self_attn.lora_A.weight and …layers.4.mlp.lora_A.weight
+                                 …layers.4.self_attn.lora_A.weight and …layers.4.mlp.lora_A.weight; a model may call its
+                                 list of layers otherwise, as in …h.4.lora_A.weight
 
 The scale is `s = alpha / r` as in PEFT, folded into B here. So are neighbours into each other, for the graphs.
 """
@@ -34,7 +35,7 @@ from lora_drop_runtime.plan.surrogate import SURROGATES
 from .safetensors_file import read_tensors
 from .typed_json import parse_json, typed
 
-_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:(self_attn|mlp)\.)?lora_([AB])(?:\.default)?\.weight$")
+_KEY = re.compile(r"(?:^|\.)(\d+)\.(?:(self_attn|mlp)\.)?lora_([AB])(?:\.default)?\.weight$")
 _UNSUPPORTED = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")  # each changes the scale or the matrices
 _MOST_CONFIG_BYTES = 16 << 20
 _TEXTS = ("surrogate", "base_fingerprint", "policy")  # of the plan that they were fitted for
@@ -181,7 +182,7 @@ def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint
         if match is None or ref.dtype not in MODEL_DTYPES:
             raise PlanError(
                 "The adapter file holds a tensor that is no LoRA-Drop adapter.",
-                note=f"{name!r:.80} has dtype {ref.dtype:.20}; names end in layers.<i>.lora_A.weight.",
+                note=f"{name!r:.80} has dtype {ref.dtype:.20}; names end in <i>.lora_A.weight.",
                 hint="Use a directory written by: lora-drop fit",
             )
         site = match[1] + _HALVES[match[2] or ""]

@@ -38,7 +38,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_drop_export.decoder import loaded as torch_model
 from tests.support import oracle
-from tests.support.bundles import family, make_bundle, oracle_plan, rewritten
+from tests.support.bundles import family, make_bundle, more_family, oracle_plan, rewritten
 from tests.support.covering import covering_array
 from tests.support.models import FAMILIES
 from tests.support.tokenizers import with_tokenizer
@@ -423,6 +423,24 @@ def test_every_family(name: str, words: Path, tmp_path: Path, monkeypatch: pytes
     result = run_fit(tmp_path / "m", words, tmp_path / "a", drop_ratio=0.5, steps=2, closed_form_tokens=128)
     bundle = make_bundle(name, tmp_path / "b", adapters=tmp_path / "a")
     assert list(bundle.manifest.plan.sites) == list(result.plan["sites"])
+
+
+@pytest.mark.parametrize("name", ["gptj", "gpt_neo", "falcon"])
+def test_layers_that_are_called_h(name: str, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GPT-2 has them: what is fitted is exported, and decodes as the oracle does."""
+    with_tokenizer(name, tmp_path / "m")
+    monkeypatch.setattr(torch_model, "read_tokenizer", lambda path, _: PreTrainedTokenizerFast.from_pretrained(path))
+    options = {"drop_layers": (1,), "always_first": 0, "always_last": 0, "policies": ("backfill",)}
+    run_fit(tmp_path / "m", words, tmp_path / "a", steps=2, closed_form_tokens=128, **options)
+    source = more_family(name)
+    bundle = make_bundle(source, tmp_path / "b", adapters=tmp_path / "a")
+    plan = oracle_plan(bundle, tmp_path / "a")
+    with Session.open(bundle.root, threads=1) as session:
+        ours = [session.prefill([[1, 2, 3]], max_new_tokens=8)[0].copy()]
+        ours += [session.step([token])[0].copy() for token in (4, 5, 6, 7)]
+    theirs = oracle.decode_row(source.model, plan, [1, 2, 3], [4, 5, 6, 7], 3, "backfill")
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.abs(a - b.numpy()).max() < 3e-5 * b.abs().max()
 
 
 @pytest.mark.parametrize(
