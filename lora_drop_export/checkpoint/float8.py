@@ -10,11 +10,13 @@ can be taken as they are by a target that has fp8.
     fp8                  weight, weight_scale_inv [N/b, K/c] or of one value, as float32 or as E8M0, powers of two;
                          experts of a layer may be one tensor [E, N, K] with scales [E, N/b, K/c]
 
-Blocks at the ends may be smaller. What such checkpoints say of activations and caches is left out.
+Blocks at the ends may be smaller. What such checkpoints say of activations and caches is left out. Values of four bits
+see float4.py.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -37,40 +39,74 @@ from .packed_config import damaged, float8_blocks
 
 _POWERS = "F8_E8M0"  # as files have it: a power of two, its exponent plus 127; 255 stands for what is no number
 _BIAS, _LARGEST = 127, 254
-_ACTIVATIONS = ("input_scale", "activation_scale", "k_scale", "v_scale")  # end names that nothing here reads
+# End names of what engines round activations and caches by
+ACTIVATIONS = ("input_scale", "activation_scale", "input_global_scale", "k_scale", "v_scale")
 
 
 @dataclass(frozen=True, eq=False)
-class Float8Values:
-    """A weight [N, K], or those of experts [E, N, K], read as float32.
+class SmallFloats(abc.ABC):
+    """A weight in floats of 8 or 4 bits, read as float32.
 
     Attributes:
         name: of the parameter.
-        values: E4M3, of the same shape.
+        values: their bits.
         scales: as stored.
-        grid: the shape of the scales of one matrix, (n, k).
-        block: rows and columns that share one.
     """
 
     name: str
     values: TensorPlace
     scales: TensorPlace
-    grid: tuple[int, int]
-    block: tuple[int, int]
-    dtype: str = "float32"
+
+    @property
+    @abc.abstractmethod
+    def what(self) -> str:
+        """As messages call it."""
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]: ...
+
+    @abc.abstractmethod
+    def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
+        """Rows `begin` to `end` along the first axis, float32."""
+
+    @property
+    def dtype(self) -> str:
+        return "float32"
 
     @property
     def file(self) -> Path:
         return self.values.file
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
-
-    @property
     def size_bytes(self) -> int:
         """Of the float32 values."""
         return 4 * math.prod(self.shape)
+
+    def read(self) -> npt.NDArray[Any]:
+        """All values, float32."""
+        return self.rows(0, self.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Float8Values(SmallFloats):
+    """A weight [N, K], or those of experts [E, N, K], in E4M3.
+
+    Attributes:
+        grid: the shape of the scales of one matrix, (n, k).
+        block: rows and columns that share one.
+    """
+
+    grid: tuple[int, int]
+    block: tuple[int, int]
+
+    @property
+    def what(self) -> str:
+        return "fp8"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
 
     def _scales(self) -> Floats:
         """[..., n, k]."""
@@ -87,12 +123,7 @@ class Float8Values:
     def _bits(self, begin: int, end: int) -> npt.NDArray[np.uint8]:
         return dataclasses.replace(self.values, dtype="uint8").rows(begin, end)
 
-    def read(self) -> npt.NDArray[Any]:
-        """All values, float32."""
-        return self.rows(0, self.shape[0])
-
     def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
-        """Rows `begin` to `end` along the first axis, float32."""
         end = min(end, self.shape[0])
         values, scales = float32_from_float8(self._bits(begin, end)), self._scales()
         high, wide = self.block
@@ -113,7 +144,7 @@ class Float8Tensor(Float8Values):
         method: as quantization_config has it.
     """
 
-    method: str = ""
+    method: str
 
     @property
     def quantization(self) -> Quantization:
@@ -163,7 +194,7 @@ def _weight(
         raise damaged(name, f"needs scales in {' or '.join(MODEL_DTYPES)}, {shapes}; what is there {there}")
     assert isinstance(scales, TensorPlace)
     if not experts and grids[found][1] == k:
-        return Float8Tensor(name, values, scales, found, grids[found], method=method)
+        return Float8Tensor(name, values, scales, found, grids[found], method)
     return Float8Values(name, values, scales, found, grids[found])
 
 
@@ -187,7 +218,7 @@ def float8_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorSource
             hint=CHECKPOINT_HINT,
         )
     scales, blocks = {f"{name}{end}" for name in values}, float8_blocks(config)
-    found = {name: one for name, one in tensors.items() if name not in scales and not name.endswith(_ACTIVATIONS)}
+    found = {name: one for name, one in tensors.items() if name not in scales and not name.endswith(ACTIVATIONS)}
     for name, one in values.items():
         found[name] = _weight(name, one, tensors.get(f"{name}{end}"), blocks, method)
     return found

@@ -34,7 +34,7 @@ from .gguf_config import complete_config
 from .mxfp4 import METHOD as MXFP4
 from .mxfp4 import mxfp4_tensors
 from .packed import packed_tensors
-from .packed_config import in_float8, rounds_more
+from .packed_config import in_floats, rounds_more
 from .renamed import joined_experts, renamed_tensors
 from .text_part import MULTIMODAL, own_names, text_config, text_tensors
 
@@ -417,9 +417,9 @@ def open_checkpoint(
         log("the checkpoint's experts are in MXFP4, whose values int8 in blocks of 32 holds as they are")
     elif quantization is not None:
         tensors = packed_tensors(quantization, tensors)
-        if not in_float8(quantization):
+        if not in_floats(quantization):
             log(f"the checkpoint's integers are taken as they are ({quantization['quant_method']})")
         elif rounds_more(quantization):
-            log("note: the checkpoint is made for engines that round more than weights to 8 bits; here no more is")
+            log("note: the checkpoint is made for engines that round more than weights; here no more is rounded")
     renamed, joined = _names(tensors, config)
     return Checkpoint(name, directory, config, tensors, renamed, joined, trust_remote_code)

@@ -1,8 +1,8 @@
 """The weights of a checkpoint that GPTQ, AWQ or compressed-tensors quantized, their integers as they lie.
 
 Enters: `quantization_config` of config.json, the tensors of the files. Leaves: the same tensors, those that hold one
-quantized weight as one `PackedTensor` under the parameter's name; of fp8 see float8.py. Forms that graphs cannot hold
-are refused by name.
+quantized weight as one `PackedTensor` under the parameter's name; of fp8 and NVFP4 see float8.py and float4.py. Forms
+that graphs cannot hold are refused by name.
 
 A weight [N, K] of b bits has G groups of K / G inputs, each with a scale and a zero point. A 32-bit word holds 32 / b
 values, the first in its lowest bits:
@@ -34,9 +34,10 @@ from lora_drop_export.quantize.formats import Blocked, BlockFormat, Integers, de
 
 from .checkpoint import TensorSource
 from .experts import KeptExpertRows
+from .float4 import float4_tensors
 from .float8 import Float8Tensor, float8_tensors
 from .foreign import CHECKPOINT_HINT, refused
-from .packed_config import BITS, check_config, damaged, gptq_format, in_float8, refusal
+from .packed_config import BITS, check_config, damaged, gptq_format, in_float4, in_floats, refusal
 
 _WORD_BITS = 32
 _AWQ_COLUMNS = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # where a word has columns 0, 1, 2, …
@@ -301,8 +302,8 @@ def packed_tensors(config: Any, tensors: Mapping[str, TensorSource]) -> dict[str
     """
     with refused("The checkpoint's quantization_config cannot be used.", "config.json"):
         check_config(config)
-    if in_float8(config):
-        return float8_tensors(config, tensors)
+    if in_floats(config):
+        return (float4_tensors if in_float4(config) else float8_tensors)(config, tensors)
     kind = _METHODS[config["quant_method"]]
     weights: dict[str, dict[str, TensorPlace]] = {}
     found: dict[str, TensorSource] = {}

@@ -14,6 +14,7 @@ from .foreign import CHECKPOINT_HINT
 
 BITS = (4, 8)
 FLOAT_FORMATS = ("float-quantized", "naive-quantized")  # the latter where weights alone are rounded
+_FLOAT4 = "nvfp4-pack-quantized"
 FLOAT_METHODS = ("fp8", "fbgemm_fp8", "modelopt")
 _ACTIVATIONS = ["input_activations", "output_activations"]
 
@@ -23,8 +24,8 @@ def refusal(what: str) -> ModelError:
     return ModelError(
         "The checkpoint is quantized in a form that is not read.",
         note=f"It has {what}. Read are gptq, awq (gemm) and compressed-tensors (pack-quantized) of 4 or 8 bits, "
-        "with inputs in their order, fp8 (fp8, fbgemm_fp8, modelopt, and float-quantized of compressed-tensors), and "
-        "mxfp4 of GPT-OSS.",
+        "with inputs in their order, fp8 (fp8, fbgemm_fp8, modelopt, and float-quantized of compressed-tensors), NVFP4 "
+        "(modelopt, compressed-tensors) and mxfp4 of GPT-OSS.",
         hint="Take the model's float checkpoint, a GGUF file, or one that is quantized otherwise.",
     )
 
@@ -59,13 +60,19 @@ def _check_awq(config: Mapping[str, Any]) -> None:
     _one_of("awq of version", str(version).lower(), ("gemm",))
 
 
-def in_float8(config: Mapping[str, Any]) -> bool:
-    """Whether a config that is read is one of weights in fp8."""
-    return config["quant_method"] in FLOAT_METHODS or config.get("format") in FLOAT_FORMATS
+def in_floats(config: Mapping[str, Any]) -> bool:
+    """Whether a config that is read is one of weights in fp8 or NVFP4."""
+    return config["quant_method"] in FLOAT_METHODS or config.get("format") in (*FLOAT_FORMATS, _FLOAT4)
+
+
+def in_float4(config: Mapping[str, Any]) -> bool:
+    """Whether a config that is read is one of weights in NVFP4."""
+    modelopt = config["quant_method"] == "modelopt"
+    return config.get("quant_algo") == "NVFP4" if modelopt else config.get("format") == _FLOAT4
 
 
 def rounds_more(config: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint in fp8 is meant for engines that round activations or caches, too."""
+    """Whether a checkpoint in fp8 or NVFP4 is meant for engines that round activations or caches, too."""
     if config["quant_method"] in FLOAT_METHODS:
         return True
     groups = config["config_groups"].values()
@@ -93,14 +100,15 @@ def _check_float8(config: Mapping[str, Any]) -> None:
     _one_of("fp8 of format", config.get("fmt") or "e4m3", ("e4m3",))
     _one_of("experts of dtype", config.get("expert_dtype") or "fp8", ("fp8",))
     if config["quant_method"] == "modelopt":
-        _one_of("modelopt with quant_algo", config.get("quant_algo"), ("FP8",))
+        _one_of("modelopt with quant_algo", config.get("quant_algo"), ("FP8", "NVFP4"))
     float8_blocks(config)
 
 
 def _check_compressed(config: Mapping[str, Any]) -> None:
-    _one_of("compressed-tensors of format", config.get("format"), ("pack-quantized", *FLOAT_FORMATS))
-    floats = in_float8(config)
-    formats, rounded = (FLOAT_FORMATS, ["output_activations"]) if floats else (("pack-quantized",), _ACTIVATIONS)
+    _one_of("compressed-tensors of format", config.get("format"), ("pack-quantized", *FLOAT_FORMATS, _FLOAT4))
+    floats, small = in_floats(config), in_float4(config)
+    formats: tuple[str, ...] = (_FLOAT4,) if small else FLOAT_FORMATS if floats else ("pack-quantized",)
+    rounded = ["output_activations"] if floats else _ACTIVATIONS
     if not floats:
         _one_of("compressed-tensors with quantized caches, kv_cache_scheme", config.get("kv_cache_scheme"), (None,))
     _one_of("compressed-tensors with transform_config", config.get("transform_config") or {}, ({},))
@@ -111,11 +119,16 @@ def _check_compressed(config: Mapping[str, Any]) -> None:
             _one_of(f"compressed-tensors with quantized {what}", group.get(what), (None,))
         weights = group["weights"]
         _one_of("compressed-tensors of type", weights.get("type"), ("float",) if floats else ("int",))
-        _one_of("compressed-tensors with num_bits", weights.get("num_bits"), (8,) if floats else BITS)
-        strategies = ("tensor", "channel", "block") if floats else ("group", "channel")
-        _one_of("compressed-tensors with strategy", weights.get("strategy"), strategies)
+        bits = (4,) if small else (8,) if floats else BITS
+        _one_of("compressed-tensors with num_bits", weights.get("num_bits"), bits)
+        of_floats = ("tensor_group",) if small else ("tensor", "channel", "block")
+        _one_of(
+            "compressed-tensors with strategy", weights.get("strategy"), of_floats if floats else ("group", "channel")
+        )
         if floats:
-            _one_of("fp8 weights with symmetric", weights.get("symmetric", True), (True,))
+            _one_of("floats with symmetric", weights.get("symmetric", True), (True,))
+        if small:
+            _one_of("NVFP4 with group_size", weights.get("group_size"), (16,))
     float8_blocks(config)
 
 

@@ -62,7 +62,7 @@ from .facts import (
     quantization_of,
     special_tokens,
     surrogate_weights,
-    with_float8,
+    with_small_floats,
 )
 from .files import BUNDLE, check_disk, copy_tokenizer, make_model_directory, tool_versions, write_manifest
 from .forms import MOST_LOSS, fastest_form
@@ -204,7 +204,7 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
         stack.enter_context(checkpoint.unchanged())
         if checkpoint.bundle is not None:
             check_bundle(checkpoint.bundle, console)
-        checkpoint = with_float8(checkpoint, options, console)
+        checkpoint = with_small_floats(checkpoint, options, console)
         check_kept(checkpoint, options)
         quantized = quantization_of(checkpoint.tensors, options)
         dtype = activations_dtype(checkpoint, options, quantized=quantized is not None)

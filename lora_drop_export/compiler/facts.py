@@ -28,7 +28,7 @@ from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.experts import APART, DOWN, ROWS, KeptExpertRows, gate_up_of
-from lora_drop_export.checkpoint.float8 import Float8Tensor, Float8Values
+from lora_drop_export.checkpoint.float8 import Float8Tensor, SmallFloats
 from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.checkpoint.gguf import GgufTensor
 from lora_drop_export.checkpoint.mxfp4 import Mxfp4Rows
@@ -64,10 +64,10 @@ def kept_formats(refs: Mapping[str, TensorSource]) -> dict[str, BlockFormat]:
     return {name: ref.native for name, ref in kept_weights(refs).items()}
 
 
-def with_float8(checkpoint: Checkpoint, options: BuildOptions, console: Console) -> Checkpoint:
+def with_small_floats(checkpoint: Checkpoint, options: BuildOptions, console: Console) -> Checkpoint:
     """The checkpoint with weights in fp8 that are taken as they are, where each target takes them and no other dtype
-    is asked for; else as floats."""
-    values = [ref for ref in checkpoint.tensors.values() if isinstance(ref, Float8Values)]
+    is asked for; else, and in NVFP4, as floats."""
+    values = [ref for ref in checkpoint.tensors.values() if isinstance(ref, SmallFloats)]
     if not values:
         return checkpoint
     kept = [ref for ref in values if isinstance(ref, Float8Tensor)]
@@ -78,7 +78,7 @@ def with_float8(checkpoint: Checkpoint, options: BuildOptions, console: Console)
     hint = (
         "" if options.dtype in QUANTIZED_DTYPES else ", which take more bytes; --dtype int8 or int4 rounds them again"
     )
-    console.say(f"the checkpoint's fp8 weights are read as floats{hint}")
+    console.say(f"the checkpoint's {values[0].what} weights are read as floats{hint}")
     tensors = {name: ref.widened if isinstance(ref, Float8Tensor) else ref for name, ref in checkpoint.tensors.items()}
     return dataclasses.replace(checkpoint, tensors=tensors)
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_drop_export.checkpoint.float8 import Float8Tensor, Float8Values
 from lora_drop_export.cli import main
-from lora_drop_export.compiler.facts import with_float8
+from lora_drop_export.compiler.facts import with_small_floats
 from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.loaded import load_model
@@ -220,7 +220,7 @@ def test_bundles_for_a_cpu(form: str, options: str, tmp_path: Path, monkeypatch:
     assert run(tmp_path / "model", tmp_path / "out", *options.split()) == 0
     said = capsys.readouterr().err
     assert "the checkpoint's fp8 weights are read as floats" in said
-    assert "more than weights to 8 bits" in said
+    assert "more than weights" in said
     assert ("take more bytes" in said) == ("int8" not in options)
     bundle = Bundle.open(tmp_path / "out")
     assert bundle.manifest.verification["ort"]["status"] == "passed"
@@ -245,7 +245,7 @@ def test_bundles_for_a_cpu(form: str, options: str, tmp_path: Path, monkeypatch:
 )
 def test_who_takes_them_as_they_are(name: str, options: dict[str, Any], kept: bool) -> None:
     before = opened(DIRECTORY / name)
-    after = with_float8(before, ExportOptions(**options), Console())
+    after = with_small_floats(before, ExportOptions(**options), Console())
     assert any(isinstance(one, Float8Tensor) for one in after.tensors.values()) == kept
     assert after.fingerprint() == before.fingerprint()
     assert all(np.array_equal(one.read(), before.tensors[name].read()) for name, one in after.tensors.items())
@@ -259,7 +259,7 @@ def test_who_takes_them_as_they_are(name: str, options: dict[str, Any], kept: bo
     [
         ("blocks", {"fmt": "e5m2"}, "fp8 of format 'e5m2'"),
         ("blocks", {"expert_dtype": "fp4"}, "experts of dtype 'fp4'"),
-        ("modelopt", {"quant_algo": "NVFP4"}, "modelopt with quant_algo 'NVFP4'"),
+        ("modelopt", {"quant_algo": "MIXED_PRECISION"}, "modelopt with quant_algo 'MIXED"),
         ("modelopt.json", {"quant_algo": "W4A8_AWQ"}, "modelopt with quant_algo 'W4A8_AWQ'"),
         ("blocks", {"quant_method": "mxfp8"}, "quant_method 'mxfp8'"),
     ],

@@ -48,7 +48,8 @@ FORMS = {
     "compressed-tensors-channel": (4, 64, 32, True),
     "compressed-tensors-8-bit": (8, 32, 32, False),
 }
-FLOATS = {f"compressed-tensors-fp8-{kind}" for kind in ("channel", "dynamic", "tensor", "block")}  # test_float8.py
+FLOATS = {f"compressed-tensors-fp8-{kind}" for kind in ("channel", "dynamic", "tensor", "block")}
+FLOATS |= {"compressed-tensors-nvfp4"}  # test_float8.py, test_float4.py
 PLAN = {"drop_layers": (1,), "always_first": 0, "always_last": 0, "max_seq_len": 48}
 ANOTHER_FORM = "quantized in a form that is not read"
 

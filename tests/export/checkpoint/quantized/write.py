@@ -99,6 +99,8 @@ def llmcompressor(out: Path) -> None:
 
     data = Dataset.from_dict({"input_ids": token_windows().tolist(), "attention_mask": [[1] * WINDOW] * WINDOWS})
     floats, blocks = {"type": "float", "num_bits": 8}, {"strategy": "block", "block_structure": [32, 32]}
+    nvfp4 = {"type": "float", "num_bits": 4, "strategy": "tensor_group", "group_size": 16}
+    nvfp4 |= {"scale_dtype": torch.float8_e4m3fn, "zp_dtype": torch.float8_e4m3fn}
     rows: list[tuple[str, type, torch.dtype, dict[str, Any], dict[str, Any] | None]] = [
         ("group-32", GPTQModifier, torch.bfloat16, {"num_bits": 4, "strategy": "group", "group_size": 32}, None),
         ("asymmetric", GPTQModifier, torch.float16, {"num_bits": 4, "strategy": "group", "group_size": 32}, None),
@@ -114,6 +116,7 @@ def llmcompressor(out: Path) -> None:
             floats | {"strategy": "tensor"},
         ),
         ("fp8-block", QuantizationModifier, torch.bfloat16, floats | blocks, None),
+        ("nvfp4", QuantizationModifier, torch.bfloat16, nvfp4, None),
     ]
     for name, modifier, dtype, given, activations in rows:
         symmetric = name not in ("asymmetric", "8-bit")
