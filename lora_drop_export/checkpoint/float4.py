@@ -54,9 +54,10 @@ class Float4Values(SmallFloats):
     def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
         whole = np.float32(self.whole.read().reshape(-1)[0])
         scales = self.scales.rows(begin, end)
-        scales = scales / whole if self.divides else scales * whole
         values = _VALUES[unpack(self.values.rows(begin, end), 4)].reshape(*scales.shape, _GROUP)
-        return (values * scales[..., None]).reshape(len(scales), -1)
+        with np.errstate(all="ignore"):  # whoever rounds what is no number says so
+            scales = scales / whole if self.divides else scales * whole
+            return (values * scales[..., None]).reshape(len(scales), -1)
 
 
 def _weight(name: str, values: TensorPlace, scales: Any, whole: Any, divides: bool) -> Float4Values:

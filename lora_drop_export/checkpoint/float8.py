@@ -131,8 +131,9 @@ class Float8Values(SmallFloats):
         scales = scales[begin:end] if len(self.shape) == 3 else scales
         scales = scales[..., first // high : -(-last // high), :].repeat(high, axis=-2)
         scales = scales[..., first % high : first % high + last - first, :]
-        for column in range(self.grid[1]):
-            values[..., column * wide : (column + 1) * wide] *= scales[..., column : column + 1]
+        with np.errstate(over="ignore", invalid="ignore"):  # whoever rounds what is no number says so
+            for column in range(self.grid[1]):
+                values[..., column * wide : (column + 1) * wide] *= scales[..., column : column + 1]
         return values
 
 
@@ -193,7 +194,7 @@ def _weight(
         shapes = " or ".join(str([*experts, *grid]) for grid in grids)
         raise damaged(name, f"needs scales in {' or '.join(MODEL_DTYPES)}, {shapes}; what is there {there}")
     assert isinstance(scales, TensorPlace)
-    if not experts and grids[found][1] == k:
+    if not experts and grids[found] in ((1, k), (n, k)):
         return Float8Tensor(name, values, scales, found, grids[found], method)
     return Float8Values(name, values, scales, found, grids[found])
 

@@ -76,7 +76,9 @@ def with_small_floats(checkpoint: Checkpoint, options: BuildOptions, console: Co
         console.say(f"the checkpoint's fp8 weights are taken as they are ({kept[0].method})")
         return checkpoint
     hint = (
-        "" if options.dtype in QUANTIZED_DTYPES else ", which take more bytes; --dtype int8 or int4 rounds them again"
+        ""
+        if options.dtype in QUANTIZED_DTYPES
+        else ", which take more bytes; a --dtype of fewer bits rounds them again"
     )
     console.say(f"the checkpoint's {values[0].what} weights are read as floats{hint}")
     tensors = {name: ref.widened if isinstance(ref, Float8Tensor) else ref for name, ref in checkpoint.tensors.items()}

@@ -52,6 +52,7 @@ def _whole(n: int, k: int) -> tuple[int, int]:
 FORMS: dict[str, tuple[dict[str, Any], Grid, torch.dtype]] = {
     "blocks": ({"quant_method": "fp8", "weight_block_size": [32, 16]}, _blocks(32, 16), torch.float32),
     "odd-blocks": ({"quant_method": "fp8", "weight_block_size": [20, 48]}, _blocks(20, 48), torch.bfloat16),
+    "as-wide": ({"quant_method": "fp8", "weight_block_size": [20, 64]}, _blocks(20, 64), torch.float32),
     "default-blocks": ({"quant_method": "fp8", "fmt": "e4m3"}, _blocks(128, 128), torch.float32),
     "powers": (
         {"quant_method": "fp8", "weight_block_size": [32, 32], "scale_fmt": "ue8m0"},
@@ -112,7 +113,8 @@ def write(directory: Path, form: str, model: Any = None, **changes: Any) -> dict
 
 
 def plain_model() -> Any:
-    """Down projections have 96 columns, which blocks of 128 hold once, and of 20 rows and 48 columns not evenly."""
+    """Down projections have 96 columns, which blocks of 128 hold once, and of 20 rows and 48 columns not evenly; the
+    others have 64."""
     return llama(hidden_size=64, intermediate_size=96, num_hidden_layers=2, tie_word_embeddings=True)
 
 
