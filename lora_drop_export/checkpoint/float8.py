@@ -192,7 +192,7 @@ def _weight(
     if found is None:
         there = "is missing" if scales is None else f"is {scales.dtype} {list(scales.shape)}"
         shapes = " or ".join(str([*experts, *grid]) for grid in grids)
-        raise damaged(name, f"needs scales in {' or '.join(MODEL_DTYPES)}, {shapes}; what is there {there}")
+        raise damaged(name, f"needs scales {shapes} in {', '.join(MODEL_DTYPES)} or {_POWERS}; what is there {there}")
     assert isinstance(scales, TensorPlace)
     if not experts and grids[found] in ((1, k), (n, k)):
         return Float8Tensor(name, values, scales, found, grids[found], method)

@@ -94,11 +94,13 @@ def _quantization(config: Any, directory: Path) -> Any:
     """
     with refused("The model's config cannot be used.", "config.json"):
         parts = config, config.get_text_config(decoder=True)
-    found = (getattr(part, "quantization_config", None) for part in parts)
-    said = next((one for one in found if one is not None), None)
+    in_config = (getattr(part, "quantization_config", None) for part in parts)
+    said = next((one for one in in_config if one is not None), None)
     if said is None and is_file(own := directory / "hf_quant_config.json"):
         with refused("The checkpoint's quantization_config cannot be used.", own):
-            said = {"quant_method": "modelopt", **read_json(own, "The checkpoint cannot be used.")["quantization"]}
+            found = read_json(own, "The checkpoint cannot be used.")["quantization"]
+            if found["quant_algo"] is not None:  # else of caches alone
+                said = {"quant_method": "modelopt", **found}
     return said
 
 

@@ -310,6 +310,13 @@ def test_damaged_parts(form: str, how: str, tmp_path: Path) -> None:
     assert ("no tensor is in fp8" if how == "bare" else name) in error.value.note
 
 
+def test_a_file_of_its_own_that_speaks_of_caches_alone(tmp_path: Path) -> None:
+    plain_model().save_pretrained(tmp_path)
+    said = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(said), "utf-8")
+    assert not [one for one in opened(tmp_path).tensors.values() if isinstance(one, Float8Values)]
+
+
 def test_a_file_of_its_own_that_says_nothing(tmp_path: Path) -> None:
     write(tmp_path, "modelopt.json")
     for text in ("{}", "[]", "{"):
