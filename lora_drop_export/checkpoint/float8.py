@@ -40,7 +40,7 @@ from .packed_config import damaged, float8_blocks
 _POWERS = "F8_E8M0"  # as files have it: a power of two, its exponent plus 127; 255 stands for what is no number
 _BIAS, _LARGEST = 127, 254
 # End names of what engines round activations and caches by
-ACTIVATIONS = ("input_scale", "activation_scale", "input_global_scale", "k_scale", "v_scale")
+ACTIVATIONS = (".input_scale", "activation_scale", ".input_global_scale", ".k_scale", ".v_scale")
 
 
 @dataclass(frozen=True, eq=False)

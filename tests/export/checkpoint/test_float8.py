@@ -310,6 +310,16 @@ def test_damaged_parts(form: str, how: str, tmp_path: Path) -> None:
     assert ("no tensor is in fp8" if how == "bare" else name) in error.value.note
 
 
+def test_what_engines_round_activations_by_is_left_out_by_its_whole_name(tmp_path: Path) -> None:
+    """A parameter of a model may end as the names of scales do."""
+    write(tmp_path, "modelopt")
+    file = tmp_path / "model.safetensors"
+    others = {"model.layers.0.mlp.block_scale": torch.ones(3), "model.layers.0.mlp.k_scale": torch.ones(())}
+    save_file(load_file(file) | others, file, metadata={"format": "pt"})
+    tensors = opened(tmp_path).tensors
+    assert [name for name in others if name in tensors] == ["model.layers.0.mlp.block_scale"]
+
+
 def test_a_file_of_its_own_that_speaks_of_caches_alone(tmp_path: Path) -> None:
     plain_model().save_pretrained(tmp_path)
     said = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
