@@ -359,6 +359,7 @@ def test_who_hangs_up_frees_its_row(http: httpx.Client) -> None:
 def test_a_killed_replica_cuts_its_own_streams_alone(cluster: RayCluster, http: httpx.Client, bundle: Bundle) -> None:
     for _ in range(12):  # the proxy may have sent all of a load to one of them
         await_that(lambda: [len(found) for found in cluster.do("replicas")] == [1, 1])
+        await_that(lambda: cluster.do("running replicas") == 2)
         before = begun(http)
         finished = check_told(told_under_load(cluster, "kill a replica"), bundle)
         check_twenty(http, bundle)

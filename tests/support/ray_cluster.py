@@ -72,6 +72,12 @@ def ray_cluster(**arguments: Any) -> Iterator[RayCluster]:
 # ── the program ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _running(status: Any) -> int:
+    """Replicas that Ray sends requests to; their processes begin seconds before."""
+    deployments = [one for application in status.applications.values() for one in application.deployments.values()]
+    return sum(int(one.replica_states.get("RUNNING", 0)) for one in deployments)
+
+
 def _say(what: Any) -> None:
     print(json.dumps({"said": what}), flush=True)
 
@@ -148,6 +154,7 @@ def main() -> None:
         _say([f"http://127.0.0.1:{port}", cluster.address])
         commands = {
             "replicas": lambda: [_replicas(one) for one in (cluster.head_node, node)],
+            "running replicas": lambda: _running(serve.status()),
             "replicas of the head": lambda: _replicas(cluster.head_node),
             "kill a replica": lambda: _kill(_replicas(cluster.head_node)),
             "kill a node": lambda: _kill(_processes(node)),
