@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from lora_drop_runtime.bundle.adapters import weight_names
+from lora_drop_runtime.bundle.adapters import gate_name, weight_names
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import ADAPTERS_NAME, KV_SCALES_NAME
 from lora_drop_runtime.errors import ModelError, VerificationError
@@ -21,6 +21,7 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
 from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_runtime.plan.sites import ATTENTION, MLP, half_of
+from lora_drop_runtime.plan.surrogate import GATE_EPSILON
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.open import open_checkpoint
@@ -366,17 +367,21 @@ class Reference:
         return self._surrogate(second[0], made) if second else made
 
     def _surrogate(self, site: str, x: Any) -> Any:
-        """`y = base + s·B·A·feature`; of a run with a change the last site has it all: no refresh reached it before."""
+        """`y = base + s·B·A·feature`, what A makes gated or not; of a run with a change the last site has it all: no
+        refresh reached it before."""
         import torch
 
         form = self.plan.form
         owner = self.plan.states_behind.get(site, "") if form.with_change else site
         base = self._states[site] if form.base_is_state else x
-        y, names = base, weight_names(owner, self.weights)
+        y, names, gate = base, weight_names(owner, self.weights), gate_name(owner, self.weights)
         if names:
             feature = torch.cat([x, self._states[site]], dim=-1) if form.with_change else x
             for name in names:
                 feature = feature @ as_tensor(self.weights[name]).T
+                if gate is not None and name == names[0]:
+                    normed = torch.nn.functional.rms_norm(x, x.shape[-1:], eps=GATE_EPSILON)
+                    feature = feature * (1 + torch.nn.functional.silu(normed @ as_tensor(self.weights[gate]).T))
             y = base + feature
         if form.updates_state:
             self._states[site] = y

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import onnx_ir as ir
-from lora_drop_runtime.bundle.adapters import weight_names
+from lora_drop_runtime.bundle.adapters import gate_name, weight_names
 from lora_drop_runtime.bundle.graph_io import CacheShape, graph_io
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
+from lora_drop_runtime.plan.surrogate import GATE_EPSILON
+from onnx.helper import np_dtype_to_tensor_dtype
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
@@ -29,7 +32,10 @@ G_LOGGER.severity = G_LOGGER.ERROR  # it warns of bfloat16, which it keeps as it
 
 @dataclass
 class _SurrogateBuilder:
-    """Puts in `y = base + feature Aᵀ (sB)ᵀ`: Reshape, [Concat,] one or two Gemm, Add, Reshape (docs/algorithm.md)."""
+    """Puts in `y = base + feature Aᵀ (sB)ᵀ`: Reshape, [Concat,] one or two Gemm, Add, Reshape (docs/algorithm.md).
+
+    Gated: `h = feature Aᵀ` becomes `h + h · silu(n Gᵀ)`, n the RMSNormalization of x.
+    """
 
     graph: gs.Graph
     plan: DropPlan
@@ -38,11 +44,12 @@ class _SurrogateBuilder:
     weights: Mapping[str, TensorPlace]
     states_in: dict[str, gs.Variable] = field(default_factory=dict)
     states_out: dict[str, gs.Variable] = field(default_factory=dict)
+    constants: dict[str, gs.Constant] = field(default_factory=dict)
 
     def surrogate(self, site: str, x: gs.Variable) -> gs.Variable:
         """Nodes of one surrogate; `x` [B, 1, d] → y [B, 1, d]."""
         dtype = x.dtype
-        names, form = weight_names(site, self.weights), self.plan.form
+        names, gate, form = weight_names(site, self.weights), gate_name(site, self.weights), self.plan.form
         if not names and not form.base_is_state:
             return x  # plain layer skipping: the base alone is no node at all
         rows: list[int | str] = ["batch", self.hidden_size]
@@ -54,6 +61,16 @@ class _SurrogateBuilder:
             name = f"surrogate.{site}.{output.name.rsplit('.', 1)[1]}"
             self.graph.nodes.append(gs.Node(op, name=name, attrs=attrs, inputs=inputs, outputs=[output]))
             return output
+
+        def gated(h: gs.Variable, x_rows: gs.Variable, gate: str) -> gs.Variable:
+            n = add(
+                "RMSNormalization", [x_rows, self._ones(dtype)], variable("normed", rows), axis=-1, epsilon=GATE_EPSILON
+            )
+            to_gate = add("Gemm", [n, self._weight(gate)], variable("by_G", list(h.shape)), transB=1)
+            opened = add("Sigmoid", [to_gate], variable("sigmoid", list(h.shape)))
+            silu = add("Mul", [to_gate, opened], variable("silu", list(h.shape)))
+            more = add("Mul", [h, silu], variable("more", list(h.shape)))
+            return add("Add", [h, more], variable("gated", list(h.shape)))
 
         state: gs.Variable | None = None
         if site in self.plan.states:
@@ -70,6 +87,8 @@ class _SurrogateBuilder:
             for name in names:
                 product = variable(f"by_{name.rpartition('_')[2]}", ["batch", self.weights[name].shape[0]])
                 value = add("Gemm", [value, self._weight(name)], product, transB=1)
+                if gate is not None and name == names[0]:
+                    value = gated(value, x_rows, gate)
             result = add("Add", [value, state if form.base_is_state else x_rows], variable("sum", rows))
             if site in self.plan.updated_states:
                 result.name = f"present_state.{site}"
@@ -77,6 +96,16 @@ class _SurrogateBuilder:
         assert result is not None
         to_tokens = gs.Constant(f"surrogate.{site}.tokens_shape", np.array([-1, 1, self.hidden_size], np.int64))
         return add("Reshape", [result, to_tokens], variable("y", list(x.shape)))  # by the names that x has for them
+
+    def _ones(self, dtype: Any) -> gs.Constant:
+        """The weights of a norm that has none, all surrogates' together."""
+        name, as_onnx = "surrogate.ones", dtype if isinstance(dtype, int) else np_dtype_to_tensor_dtype(np.dtype(dtype))
+        if name not in self.constants:
+            values = np.ones(self.hidden_size, ir.DataType(as_onnx).numpy())
+            self.constants[name] = gs.Constant(
+                name, LazyValues(ir.serde.serialize_tensor(ir.tensor(values, name=name)))
+            )
+        return self.constants[name]
 
     def _weight(self, name: str) -> gs.Constant:
         proto = ir.serde.serialize_tensor(external(name, self.weights[name]))

@@ -33,7 +33,7 @@ from tests.support.models import FAMILIES
 
 TOLERANCE = 3e-5  # of the row's largest |logit|: both sides are float32 and differ in the order of their sums
 WINDOWS = (0, 1, 2, 3, 5, 19)
-SURROGATES, INJECTIONS = ("residual", "recurrent", "anchor", "residual-delta"), ("block", "attn_mlp")
+SURROGATES, INJECTIONS = oracle.FORMS, ("block", "attn_mlp")
 RATIOS = (0.0, 0.5, 0.75, 1.0)  # of four layers: none, two apart, a pair beside one, all
 LAYERS = 5  # of a family, so that two are dropped, and all but the first and the last may be
 OPTIONS = {"always_first": 1}
@@ -111,7 +111,7 @@ def test_backfill(name, half_dropped):
         assert_same_run(session, first_layers(name, LAYERS).model, oracle_plan(bundle), PROMPTS[:1], 3)
 
 
-@pytest.mark.parametrize(("surrogate", "injection"), list(zip(SURROGATES, INJECTIONS[::-1] * 2, strict=True)))
+@pytest.mark.parametrize(("surrogate", "injection"), list(zip(SURROGATES, INJECTIONS[::-1] * 3, strict=True)))
 def test_backfill_plan(surrogate, injection, tmp_path):
     """States are those of the refresh's last token; adapters that are not loaded are zero."""
     options = OPTIONS | {"surrogate": surrogate, "injection": injection, "drop_ratio": 0.75, "rank": 4}
@@ -212,7 +212,7 @@ def test_plan(surrogate, drop_ratio, tmp_path):
         assert_same_run(session, source.model, plan, PROMPTS[2:], 3)
 
 
-@pytest.mark.parametrize(("surrogate", "injection"), list(zip(SURROGATES, INJECTIONS * 2, strict=True)))
+@pytest.mark.parametrize(("surrogate", "injection"), list(zip(SURROGATES, INJECTIONS * 3, strict=True)))
 def test_no_adapters(surrogate, injection, tmp_path):
     """Rank 0 leaves only the base: skipping for residual, reuse for the others."""
     source = first_layers("qwen3", LAYERS)

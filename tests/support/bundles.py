@@ -194,8 +194,9 @@ def save_adapters(
     for site in plan.adapted_sites if plan.rank else plan.sites:
         layer, _, half = site.partition(".")
         prefix = f"base_model.model.model.layers.{layer}.{names['.' + half if half else '']}"
-        for part, shape in (("A", (rank, plan.form.feature_size(hidden_size))), ("B", (hidden_size, rank))):
-            values = generator.standard_normal(shape) * 0.2
+        shapes = {"A": (rank, plan.form.feature_size(hidden_size)), "B": (hidden_size, rank), "G": (rank, hidden_size)}
+        for part in "ABG" if "gated" in plan.surrogate else "AB":
+            values = generator.standard_normal(shapes[part]) * 0.2
             if matrices is not None:
                 values = matrices[site]["AB".index(part)].numpy()
             tensors[f"{prefix}lora_{part}.weight"] = values.astype(np.float32)
@@ -254,6 +255,7 @@ def oracle_plan(bundle: Bundle, adapters: Path | None = None) -> OraclePlan:
             if ".lora_A." in name:
                 layer, _, half = re.split(r"\.(?:layers|h)\.", name)[1].partition(".")
                 key = layer + {"l": "", "s": ".attn", "m": ".mlp"}[half[0]]
-                b = tensors[name.replace("lora_A", "lora_B")]
+                b, gate = (tensors.get(name.replace("lora_A", f"lora_{part}")) for part in "BG")
                 matrices[key] = (a.to(torch.float32), b.to(torch.float32), config["lora_alpha"] / config["r"])
+                matrices[key] += () if gate is None else (gate.to(torch.float32),)
     return OraclePlan(plan.sites, plan.surrogate, matrices, fill=plan.policy == "fill")

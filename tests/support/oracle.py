@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 ATTENTION_NAME = "lora_drop_oracle"
+FORMS = ("residual", "recurrent", "anchor", "residual-delta", "residual-gated", "residual-delta-gated")
 
 
 @dataclass
@@ -36,20 +37,20 @@ class OraclePlan:
     """Which layers and halves are dropped and what stands for them.
 
     `sites` are "4" for a layer, "4.attn" and "4.mlp" for its halves. `adapters` maps them to
-    `(A [r, d], B [d, r], scale)`, A [r, 2d] of residual-delta; a missing key is no adapter. `fill`: LoRA steps
-    write K and V of dropped attentions.
+    `(A [r, d], B [d, r], scale)`, A [r, 2d] where there is a change, and G [r, d] behind them where they are gated; a
+    missing key is no adapter. `fill`: LoRA steps write K and V of dropped attentions.
     `kv_scales` maps a layer to the scales `[H_kv, D]` of its K and V, which are then int8.
     """
 
     sites: tuple[str, ...]
-    surrogate: str = "residual"  # residual | recurrent | anchor | residual-delta
-    adapters: dict[str, tuple[Tensor, Tensor, float]] | None = None
+    surrogate: str = "residual"  # one of FORMS
+    adapters: dict[str, tuple[Tensor | float, ...]] | None = None
     kv_scales: dict[int, tuple[Tensor, Tensor]] | None = None
     fill: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a misspelt plan, which would silently test something else."""
-        assert self.surrogate in ("residual", "recurrent", "anchor", "residual-delta"), self.surrogate
+        assert self.surrogate in FORMS, self.surrogate
         assert all(isinstance(site, str) for site in self.sites), self.sites
         assert set(self.adapters or {}) <= set(self.sites), self.sites
 
@@ -92,6 +93,7 @@ class Row:
         self.h: dict[int, Tensor] = {}  # state of dropped layer i: post-attention residual stream [1, 1, d]
         self.y: dict[int, Tensor] = {}  # state of dropped layer i: output [1, 1, d]
         self.x: dict[int, Tensor] = {}  # input of layer i in the last full step [1, 1, d]
+        self.given: dict[str, Tensor] = {}  # what a site's adapter was given in the last LoRA step [d]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -202,12 +204,16 @@ class Row:
 
     def base(self, value: Tensor, state: Tensor) -> Tensor:
         """What the adapter's product is added to: this step's own value, or the state."""
-        return value if self.plan.surrogate in ("residual", "residual-delta") else state
+        return state if self.plan.surrogate in ("recurrent", "anchor") else value
 
     def change(self, key: str) -> Tensor:
-        """What a site and its neighbours together added to the stream in the last full step, `[d]`.
+        """What a site and its neighbours together added to the stream in the last full step, `[d]`."""
+        own = self.neighbours(key)
+        return (self.stream(*end_of(own[-1])) - self.stream(*begin_of(own[0])))[0, 0]
 
-        Neighbours are sites with adapters, one behind the other's output; `fill` parts them before an attention.
+    def neighbours(self, key: str) -> list[str]:
+        """Sites with adapters, one behind the other's output, a given one among them; `fill` parts them before an
+        attention.
         """
         run, own = [], []
         for site in sorted(self.plan.sites, key=lambda site: (int(site.partition(".")[0]), site)):
@@ -217,8 +223,7 @@ class Row:
             run.append(site)
             if site == key:
                 own = run
-        own = [site for site in own if site in self.plan.adapters]
-        return (self.stream(*end_of(own[-1])) - self.stream(*begin_of(own[0])))[0, 0]
+        return [site for site in own if site in self.plan.adapters]
 
     def stream(self, layer: int, half: int) -> Tensor:
         """What the last full step had between layers' halves; what layer i gives is what layer i + 1 gets."""
@@ -227,12 +232,19 @@ class Row:
         return self.x[layer] if layer in self.x else self.y[layer - 1]
 
     def adapter(self, key: str, x: Tensor) -> Tensor:
-        """s · B A x, in the shape of x."""
+        """s · B A x, in the shape of x; gated ones are all of what the first of their neighbours was given."""
         if key not in (self.plan.adapters or {}):
             return torch.zeros_like(x)
-        A, B, scale = self.plan.adapters[key]
-        feature = torch.cat([x[0, 0], self.change(key)]) if self.plan.surrogate == "residual-delta" else x[0, 0]
-        return (scale * (B @ (A @ feature))).reshape(x.shape)
+        A, B, scale, *gates = self.plan.adapters[key]
+        stream = self.given[key] = x[0, 0]
+        if gates:
+            stream = self.given[self.neighbours(key)[0]]
+        feature = torch.cat([stream, self.change(key)]) if "delta" in self.plan.surrogate else stream
+        inner = A @ feature
+        for G in gates:
+            opened = G @ (stream / torch.sqrt((stream**2).mean() + 1e-6))
+            inner = inner + inner * opened * torch.sigmoid(opened)
+        return (scale * (B @ inner)).reshape(x.shape)
 
     def keep_h(self, i: int, _norm, args: tuple[Tensor]) -> tuple[Tensor] | None:
         """Pre-hook of the norm after attention."""

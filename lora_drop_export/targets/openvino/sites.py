@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from lora_drop_runtime.bundle.adapters import weight_names
+from lora_drop_runtime.bundle.adapters import gate_name, weight_names
 from lora_drop_runtime.bundle.paged_io import (
     DOMAIN,
     LAST_TOKENS,
@@ -26,6 +27,7 @@ from lora_drop_runtime.bundle.paged_io import (
 )
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.sites import MLP, half_of, layer_of
+from lora_drop_runtime.plan.surrogate import GATE_EPSILON
 
 from lora_drop_export.graphs.nodes import Ops, viewed
 from lora_drop_export.graphs.values import stream_names
@@ -305,21 +307,32 @@ class _Sites:
         return row
 
     def _surrogate(self, branch: _Branch, site: str, x: ir.Value) -> ir.Value:
-        """y = base + feature Aᵀ (sB)ᵀ [1, T, d]; x itself where nothing is added to it."""
+        """y = base + feature Aᵀ (sB)ᵀ [1, T, d], gated or not; x itself where nothing is added to it."""
         ops, stored, form = branch.ops, self.lora.initializers, self.plan.form
         base = self._state(branch, site) if form.base_is_state else x
-        names, value = weight_names(site, stored), x
+        names, gate, value = weight_names(site, stored), gate_name(site, stored), x
         if not names:
             return base
+
+        def of_input(op: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+            made = ops(op, *inputs, **attributes)
+            made.type = x.type
+            return made
+
+        def product(value: ir.Value, name: str) -> ir.Value:
+            return of_input("Linear", value, branch.weight(stored[name]), domain=DOMAIN, quantized=0, bias=0, gated=0)
+
         if form.with_change:
-            value = ops("Concat", x, self._state(branch, site), axis=-1)
-            value.type = x.type
+            value = of_input("Concat", x, self._state(branch, site), axis=-1)
         for name in names:
-            value = ops("Linear", value, branch.weight(stored[name]), domain=DOMAIN, quantized=0, bias=0, gated=0)
-            value.type = x.type
-        total = ops("Add", value, base)
-        total.type = x.type
-        return total
+            value = product(value, name)
+            if gate is not None and name == names[0]:
+                ones = branch.weight(stored["surrogate.ones"])
+                normed = of_input("RMSNorm", x, ones, domain=DOMAIN, epsilon=GATE_EPSILON)
+                opened = product(normed, gate)
+                silu = of_input("Mul", opened, of_input("Sigmoid", opened))
+                value = of_input("Add", value, of_input("Mul", value, silu))
+        return of_input("Add", value, base)
 
     def _may_be_lost(self) -> list[ir.Value]:
         """What sites end with that the next If does not read; and all that the last If makes.

@@ -1,12 +1,13 @@
 """Reading a directory of fitted adapters and checking that it fits a bundle.
 
-Enters: a PEFT-style directory. Leaves: A [r, d] and s·B [d, r] per surrogate, as float32.
+Enters: a PEFT-style directory. Leaves: A [r, d], s·B [d, r] and, where it is gated, G [r, d] per surrogate, as float32.
 
     adapter_config.json          peft_type "LORA", r, lora_alpha, and under "lora_drop": sites, surrogate,
                                  base_fingerprint, always_first and always_last, the policy that they were fitted
                                  for, whether neighbours were fitted apart, and bare_sites: those without an adapter.
                                  Version 0.1 wrote drop_layers and injection in the place of sites
-    adapter_model.safetensors    …layers.4.lora_A.weight [r, d], …layers.4.lora_B.weight [d, r]; of halves
+    adapter_model.safetensors    …layers.4.lora_A.weight [r, d], …layers.4.lora_B.weight [d, r], of a gated surrogate
+                                 …layers.4.lora_G.weight [r, d]; of halves
                                  …layers.4.self_attn.lora_A.weight and …layers.4.mlp.lora_A.weight; a model may call its
                                  list of layers otherwise, as in …h.4.lora_A.weight
 
@@ -35,14 +36,15 @@ from lora_drop_runtime.plan.surrogate import SURROGATES
 from .safetensors_file import read_tensors
 from .typed_json import parse_json, typed
 
-_KEY = re.compile(r"(?:^|\.)(\d+)\.(?:(self_attn|mlp)\.)?lora_([AB])(?:\.default)?\.weight$")
+_KEY = re.compile(r"(?:^|\.)(\d+)\.(?:(self_attn|mlp)\.)?lora_([ABG])(?:\.default)?\.weight$")
 _UNSUPPORTED = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")  # each changes the scale or the matrices
 _MOST_CONFIG_BYTES = 16 << 20
 _TEXTS = ("surrogate", "base_fingerprint", "policy")  # of the plan that they were fitted for
 _COUNTS = ("always_first", "always_last")  # of layers that it could not drop
 _HALVES = {"": "", "self_attn": ".attn", "mlp": ".mlp"}
-Matrices = dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
+Matrices = dict[str, tuple[npt.NDArray[np.float32], ...]]  # site → A, s·B and, where it is gated, G
 PARTS = ("A", "B", "BA")  # of a surrogate: two factors, or their product
+GATE = "G"  # a part of a gated one beside them
 
 
 @dataclass(frozen=True)
@@ -131,13 +133,13 @@ def _short(value: object) -> str:
 def _check_runs(directory: Path, config: AdapterConfig, plan: DropPlan) -> None:
     """Refuse adapters of neighbours that are one together where the plan's policy parts these, or joins others to them.
 
-    The latter only where they have a change, which is that of their run.
+    The latter only where they are of runs (SurrogateForm.of_runs).
     """
     if config.apart is not False or config.policy is None:
         return
     ours = [set(run) for run in plan.surrogate_runs]
     for run in dataclasses.replace(plan, policy=config.policy).surrogate_runs:
-        if set(run) in ours or (not plan.form.with_change and any(set(run) < own for own in ours)):
+        if set(run) in ours or (not plan.form.of_runs and any(set(run) < own for own in ours)):
             continue
         raise PlanError(
             f"The adapters were fitted for another policy than {plan.policy}.",
@@ -148,7 +150,8 @@ def _check_runs(directory: Path, config: AdapterConfig, plan: DropPlan) -> None:
 
 
 def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint: str) -> Matrices:
-    """The matrices for every surrogate of a plan: site → (A [r, d] or [r, 2d], s·B [d, r]), float32.
+    """The matrices for every surrogate of a plan, float32: site → A [r, d] or [r, 2d], s·B [d, r] and, where it is
+    gated, G [r, d].
 
     Raises:
         PlanError: fitted for another base model, drop list, surrogate, injection, rank, width, or runs of neighbours.
@@ -187,7 +190,7 @@ def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint
             )
         site = match[1] + _HALVES[match[2] or ""]
         found_matrices[site, match[3]] = np.asarray(ref.read(), np.float32)
-    expected = {(site, part) for site in plan.adapted_sites for part in "AB"}
+    expected = {(site, part) for site in plan.adapted_sites for part in plan.form.matrices}
     if set(found_matrices) != expected:
         odd = sorted(set(found_matrices) ^ expected)[0]
         state = "is missing" if odd in expected else "is there but not in the plan"
@@ -199,24 +202,28 @@ def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint
     scale = np.float32(config.alpha / config.rank)
     matrices: Matrices = {}
     width = plan.form.feature_size(hidden_size)
+    shapes = {"A": (plan.rank, width), "B": (hidden_size, plan.rank), GATE: (plan.rank, hidden_size)}
     for site in plan.adapted_sites:
-        a, b = found_matrices[site, "A"], found_matrices[site, "B"]
-        if a.shape != (plan.rank, width) or b.shape != (hidden_size, plan.rank):
+        parts = {part: found_matrices[site, part] for part in plan.form.matrices}
+        if any(matrix.shape != shapes[part] for part, matrix in parts.items()):
+            found, needed = (
+                " and ".join(f"{part} {of[part]}" for part in parts)
+                for of in ({part: matrix.shape for part, matrix in parts.items()}, shapes)
+            )
             raise PlanError(
                 "An adapter has the wrong shape.",
-                note=f"Layer {site} has A {a.shape} and B {b.shape}, needed are "
-                f"A {(plan.rank, width)} and B {(hidden_size, plan.rank)}.",
+                note=f"Layer {site} has {found}, needed are {needed}.",
                 hint=f"Use adapters of this base model, fitted with --surrogate {plan.surrogate} --rank {plan.rank}.",
             )
         with np.errstate(over="ignore", invalid="ignore"):
-            scaled = b * scale
-        if not (np.isfinite(a).all() and np.isfinite(scaled).all()):
+            parts["B"] = parts["B"] * scale
+        if not all(np.isfinite(matrix).all() for matrix in parts.values()):
             raise PlanError(
                 "An adapter holds values that are not numbers.",
                 note=f"Layer {site} of {directory} has NaN or infinity in A or in B times lora_alpha / r.",
                 hint="Fit the adapters again, or copy the directory again.",
             )
-        matrices[site] = (a, scaled)
+        matrices[site] = (parts["A"], parts["B"], *(parts[GATE] for _ in range(plan.form.gated)))
     return matrices
 
 
@@ -226,24 +233,32 @@ def weight_name(site: str, part: str) -> str:
 
 
 def weight_names(site: str, stored: Container[str]) -> list[str]:
-    """Those of `stored` that are a site's, in the order in which its input goes through them."""
+    """Those of `stored` that are a site's, in the order in which its input goes through them, its gate apart."""
     return [name for part in PARTS if (name := weight_name(site, part)) in stored]
+
+
+def gate_name(site: str, stored: Container[str]) -> str | None:
+    """The one of `stored` that gates what a site's A makes."""
+    name = weight_name(site, GATE)
+    return name if name in stored else None
 
 
 def weight_shapes(plan: DropPlan, hidden_size: int) -> dict[str, tuple[int, int]]:
     """The weights of a plan's surrogates in the graphs, by name: those of a run under its first site.
 
     Of n sites and w features, d or 2d, they are `A [n·r, w]` and `B [d, n·r]`, or where these are no smaller than their
-    product that: `[d, w]`.
+    product that: `[d, w]`. Gated ones have no product, and `G [n·r, d]`.
     """
     shapes: dict[str, tuple[int, int]] = {}
     width = plan.form.feature_size(hidden_size)
     for first, *others in plan.surrogate_runs:
         rank = plan.rank * (1 + len(others))
-        if rank * (width + hidden_size) >= width * hidden_size:
+        if plan.form.gated:
+            shapes[weight_name(first, GATE)] = rank, hidden_size
+        elif rank * (width + hidden_size) >= width * hidden_size:
             shapes[weight_name(first, "BA")] = hidden_size, width
-        else:
-            shapes |= {weight_name(first, "A"): (rank, width), weight_name(first, "B"): (hidden_size, rank)}
+            continue
+        shapes |= {weight_name(first, "A"): (rank, width), weight_name(first, "B"): (hidden_size, rank)}
     return shapes
 
 
@@ -256,19 +271,28 @@ def stacked(matrices: Matrices, run: Sequence[str]) -> tuple[npt.NDArray[np.floa
     b = np.empty((len(matrices[run[0]][1]), 0))
     a = np.empty((0, matrices[run[0]][0].shape[1]))
     for site in run:
-        next_a, next_b = (matrix.astype(np.float64) for matrix in matrices[site])
+        next_a, next_b = (matrix.astype(np.float64) for matrix in matrices[site][:2])
         a, b = np.vstack([a, next_a + (next_a[:, : len(b)] @ b) @ a]), np.hstack([b, next_b])
     return a, b
 
 
+def beside(matrices: Matrices, run: Sequence[str]) -> tuple[npt.NDArray[np.float32], ...]:
+    """A [n·r, w], B [d, n·r] and G [n·r, d] of the one map that n gated surrogates of what their run was given are."""
+    a, b, gates = zip(*(matrices[site] for site in run), strict=True)
+    return np.vstack(a), np.hstack(b), np.vstack(gates)
+
+
 def folded(matrices: Matrices, plan: DropPlan, hidden_size: int) -> dict[str, npt.NDArray[np.float32]]:
-    """The surrogates' weights as `weight_shapes` has them, from A and s·B of each adapted site.
+    """The surrogates' weights as `weight_shapes` has them, from the matrices of each adapted site.
 
     Raises:
         PlanError: a product is too large for a number.
     """
     shapes, weights = weight_shapes(plan, hidden_size), dict[str, npt.NDArray[np.float32]]()
     for run in plan.surrogate_runs:
+        if plan.form.gated:
+            weights |= {weight_name(run[0], part): one for part, one in zip("ABG", beside(matrices, run), strict=True)}
+            continue
         with np.errstate(over="ignore", invalid="ignore"):
             a, b = stacked(matrices, run)
             parts = {"BA": b @ a} if weight_name(run[0], "BA") in shapes else {"A": a, "B": b}

@@ -35,16 +35,19 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Sur
 
 def test_the_table() -> None:
     assert list(SURROGATES) == [form.name for form in SURROGATES.values()]
-    assert list(SURROGATES) == ["residual", "recurrent", "anchor", "residual-delta"]
-    assert [form.base_is_state for form in SURROGATES.values()] == [False, True, True, False]
-    assert [form.updates_state for form in SURROGATES.values()] == [False, True, False, False]
-    assert [form.feature_size(3) for form in SURROGATES.values()] == [3, 3, 3, 6]
+    assert list(SURROGATES) == [
+        *("residual", "recurrent", "anchor", "residual-delta", "residual-gated", "residual-delta-gated")
+    ]
+    assert [form.base_is_state for form in SURROGATES.values()] == [False, True, True, False, False, False]
+    assert [form.updates_state for form in SURROGATES.values()] == [False, True, False, False, False, False]
+    assert [form.feature_size(3) for form in SURROGATES.values()] == [3, 3, 3, 6, 3, 6]
+    assert [form.of_runs for form in SURROGATES.values()] == [False, False, False, True, True, True]
 
 
 def test_a_plan_knows_the_rows_of_the_table_only(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PlanError, match="Unknown value for --surrogate") as caught:
         DropPlan(num_layers=6, sites=(3,), surrogate="homemade")
-    assert "'homemade' was given, residual, recurrent, anchor, residual-delta are known." in str(caught.value)
+    assert f"'homemade' was given, {', '.join(SURROGATES)} are known." in str(caught.value)
     form = SurrogateForm("homemade", Base.PREVIOUS)
     monkeypatch.setitem(SURROGATES, form.name, form)
     for rank, updates in ((0, False), (2, True)):

@@ -25,6 +25,7 @@ from lora_drop_runtime.errors import InputError, LoraDropError, PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from lora_drop_runtime.plan.surrogate import SURROGATES
 from lora_drop_tools.cli import main
 from lora_drop_tools.fit.distill import DistillOptions, Divergence, Workers, _rate, distill, run_batch
 from lora_drop_tools.fit.fit import fit
@@ -314,21 +315,22 @@ def test_a_map_that_forgets_what_it_gets(share: float) -> None:
 
 
 @pytest.mark.parametrize("rank", [3, 16, 40])
-@pytest.mark.parametrize("surrogate", ["residual", "residual-delta"])
+@pytest.mark.parametrize("surrogate", [name for name in SURROGATES if name.startswith("residual")])
 def test_runs_are_learned_as_one(surrogate: str, rank: int) -> None:
     """What is learned decodes as the adapters do, before a step and after one, whatever form it has."""
     forcing, texts, _, _, policy = setting()
     plan = DropPlan(8, ("3", "4.attn", "4.mlp", "6"), rank=rank, surrogate=surrogate, policy="backfill")
     random, features = torch.Generator().manual_seed(2), plan.form.feature_size(64)
-    shapes = (rank, features), (64, rank)
+    shapes = (rank, features), (64, rank), *((rank, 64) for _ in range(plan.form.gated))
     pairs = {site: tuple(torch.randn(shape, generator=random) / 9 for shape in shapes) for site in plan.sites}
     scales = {site: torch.rand(features, generator=random) + 0.5 for site in plan.sites}
     learner = Learner(pairs, scales, plan.surrogate_runs, "cpu")
-    assert [len(parts) for parts in learner.parameters.values()] == [1 if 3 * rank >= 64 else 2, 2]
+    factors = [1 if 3 * rank >= 64 else 2, 2]
+    assert [len(parts) for parts in learner.parameters.values()] == ([3, 3] if plan.form.gated else factors)
     ids, layout = texts(3)
 
     def kl(surrogates: Any) -> float:
-        if set(surrogates) == set(plan.sites) and plan.form.with_change:
+        if set(surrogates) == set(plan.sites) and plan.form.of_runs:
             surrogates = together(surrogates, plan.surrogate_runs)
         return run_batch(forcing, ids, layout, plan, surrogates, policy).kl
 
@@ -474,7 +476,7 @@ def test_distillation_alone(
 
 
 @pytest.mark.parametrize("policy", STREAMS)
-@pytest.mark.parametrize("surrogate", ["residual", "residual-delta"])
+@pytest.mark.parametrize("surrogate", [name for name in SURROGATES if name.startswith("residual")])
 def test_halves_from_text_to_a_bundle(
     surrogate: str, policy: str, model_dir: Path, words: Path, tmp_path: Path
 ) -> None:

@@ -37,6 +37,7 @@ def header(directory: Path) -> dict[str, Any]:
         {"drop_layers": (3, 4, 6), "policies": ("backfill",), "alpha": 6.0},
         {"drop_layers": (3, 4, 6), "policies": ("backfill",), "apart": True},
         {"drop_layers": (3, 4, 6), "surrogate": "residual-delta", "always_first": 2},
+        {"drop_layers": (3, 4, 6), "surrogate": "residual-gated", "policies": ("backfill",), "alpha": 6.0},
         {"drop_layers": ("3.attn", "3.mlp", "5.mlp"), "adapters_for": "mlp", "policies": ("fill",)},
         {"drop_layers": (4,), "surrogate": "recurrent", "policies": ("skip", "backfill")},
     ],

@@ -1,8 +1,8 @@
 """Adapters as the parameters that distillation learns, and back.
 
-Enters: adapters of a plan. Leaves: adapters of like form. Between them a run of dropped neighbours is the one linear
-map that it is (docs/algorithm.md), and is learned as one: a step that moves n adapters, one behind the other, moves the
-map n times as far.
+Enters: adapters of a plan. Leaves: adapters of like form. Between them a run of dropped neighbours is the one map that
+it is (docs/algorithm.md), and is learned as one: a step that moves n adapters, one behind the other, moves the map n
+times as far.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from lora_drop_runtime.bundle.adapters import stacked
+from lora_drop_runtime.bundle.adapters import beside, stacked
 
 from lora_drop_tools.teacher_forcing.surrogates import Surrogates
 
 _LEAST_SIZE = 1e-6
 _BLANK_SIZE = 0.1  # of a map that does nothing yet: what it may add to a feature, as a share of it
+_GATE_SIZE = 0.5  # of what is gated by, where the values of a gate are 1 in their units
 
 
 def _array(matrix: Any) -> Any:
@@ -67,9 +68,13 @@ def apart(surrogates: Surrogates, runs: Sequence[Sequence[str]], rank: int) -> S
     """An adapter of the rank for each site of the runs, of what stands for each run under its last site."""
     import torch
 
-    found = {}
+    found: dict[str, tuple[Any, ...]] = {}
     for run in runs:
-        a, b = surrogates[run[-1]]
+        a, b, *gates = surrogates[run[-1]]
+        if gates:
+            parts = (matrix.split(rank, dim) for matrix, dim in ((a, 0), (b, 1), (gates[0], 0)))
+            found |= {site: tuple(one.clone() for one in own) for site, *own in zip(run, *parts, strict=True)}
+            continue
         for site, pair in zip(run, unfolded(_array(a), _array(b), len(run), rank), strict=True):
             found[site] = tuple(torch.tensor(matrix.copy(), dtype=torch.float32, device=a.device) for matrix in pair)
     return found
@@ -81,16 +86,24 @@ def together(pairs: Surrogates, runs: Sequence[Sequence[str]]) -> Surrogates:
 
     found = {}
     for run in runs:
-        matrices = stacked({site: (_array(pairs[site][0]), _array(pairs[site][1])) for site in run}, run)
+        arrays = {site: tuple(map(_array, pairs[site])) for site in run}
+        matrices = beside(arrays, run) if len(arrays[run[0]]) > 2 else stacked(arrays, run)
         found[run[-1]] = tuple(torch.from_numpy(matrix).to(pairs[run[0]][0]) for matrix in matrices)
     return found
+
+
+def _gate_units(scale: Any, gate: Any) -> Any:
+    """What the values of G [R, d] that multiply each value of a stream are measured in, [d]."""
+    stream = scale[: gate.shape[1]]
+    return _GATE_SIZE * stream.square().mean().sqrt() / stream / len(stream) ** 0.5
 
 
 class Learner:
     """The surrogates of a plan as parameters of like size, those of a run as one under its last site.
 
     Of w features they are A [R, w] and B [d, R], where the ranks of the run sum up to R < d, else their product [d, w].
-    A and the product are in units of the features.
+    A and the product are in units of the features. Gated ones are A, B and G [R, d] whatever R is, G in units of the
+    stream over its root mean square.
 
     Args:
         scales: the root mean square of each run's features [w], by its last site.
@@ -105,9 +118,9 @@ class Learner:
         self.runs = runs
         self.scales, self.sizes, self.parameters = dict[str, Any](), dict[str, Any](), dict[str, tuple[Any, ...]]()
         self.rank = len(pairs[runs[0][0]][0])
-        for end, (a, b) in together(pairs, runs).items():
-            scale, a, b = (one.float().to(device) for one in (scales[end], a, b))
-            if len(a) < len(b):
+        for end, (a, b, *gates) in together(pairs, runs).items():
+            scale, a, b, *gates = (one.float().to(device) for one in (scales[end], a, b, *gates))
+            if len(a) < len(b) or gates:
                 parts = [a * scale, b]
                 size = sum(part.square().mean() for part in parts).sqrt()
             else:
@@ -115,17 +128,18 @@ class Learner:
                 blank = _BLANK_SIZE * scale.median() / len(scale) ** 0.5
                 size = parts[0].square().mean().sqrt() if parts[0].any() else blank
             self.scales[end], self.sizes[end] = scale, size.clamp(min=_LEAST_SIZE)
-            self.parameters[end] = tuple(torch.nn.Parameter((part / self.sizes[end]).contiguous()) for part in parts)
+            parts = [part / self.sizes[end] for part in parts] + [gate / _gate_units(scale, gate) for gate in gates]
+            self.parameters[end] = tuple(torch.nn.Parameter(part.contiguous()) for part in parts)
 
     def surrogates(self) -> Surrogates:
         """What stands for the plan's sites while it is learned: a run's last site has all of its map."""
         import torch
 
         found = {}
-        for site, (first, *second) in self.parameters.items():
+        for site, (first, *others) in self.parameters.items():
             size, scale = self.sizes[site], self.scales[site]
-            left = second[0] * size if second else torch.eye(len(first), device=scale.device)
-            found[site] = first * size / scale, left
+            left = others[0] * size if others else torch.eye(len(first), device=scale.device)
+            found[site] = (first * size / scale, left, *(gate * _gate_units(scale, gate) for gate in others[1:]))
         return found
 
     def pairs(self) -> Surrogates:

@@ -44,12 +44,13 @@ def save_adapters(
     from safetensors.numpy import save
 
     tensors = {}
-    for site, (a, b) in pairs.items():
+    for site, matrices in pairs.items():
         layer, _, half = site.partition(".")
         prefix = f"base_model.model.{layers}.{layer}.{_HALVES[half]}"
-        tensors[f"{prefix}lora_A.weight"] = np.ascontiguousarray(a.detach().cpu().float().numpy())
-        scaled = b.detach().cpu().float().numpy() * (plan.rank / settings.lora_alpha)
-        tensors[f"{prefix}lora_B.weight"] = np.ascontiguousarray(scaled)
+        for part, matrix in zip("ABG", matrices, strict=False):
+            scale = plan.rank / settings.lora_alpha if part == "B" else 1.0
+            values = matrix.detach().cpu().float().numpy() * np.float32(scale)
+            tensors[f"{prefix}lora_{part}.weight"] = np.ascontiguousarray(values)
     (directory / WEIGHTS_NAME).write_bytes(save(tensors))
     config = {
         "peft_type": "LORA",

@@ -140,7 +140,7 @@ def plan_to_fit(
             if loaded.plan is None
             else "Give the model that the bundle was made from, with --drop-ratio, --drop-layers or --drop-list.",
         )
-    if settings.apart and plan.form.with_change:
+    if settings.apart and plan.form.of_runs:
         raise PlanError(
             "These surrogates know what their neighbours do, so they are not fitted apart.",
             note=f"--surrogate is {plan.surrogate}.",

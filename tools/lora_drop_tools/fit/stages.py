@@ -105,7 +105,8 @@ def _blank(work: Work, scales: Mapping[str, Any]) -> Surrogates:
     width = features // work.plan.form.feature_size(1)
     of_site = {site: scales[run[-1]] for run in work.runs for site in run}
     a = {site: torch.randn(rank, features, generator=random) / features**0.5 / scale for site, scale in of_site.items()}
-    return {site: (a[site].to(device), torch.zeros(width, rank).to(device)) for site in of_site}
+    nothing = [torch.zeros(width, rank), *(torch.zeros(rank, width) for _ in range(work.plan.form.gated))]
+    return {site: tuple(matrix.to(device) for matrix in (a[site], *nothing)) for site in of_site}
 
 
 def begin(work: Work, given: Surrogates | None = None) -> tuple[Surrogates, dict[str, Any]]:
@@ -116,6 +117,7 @@ def begin(work: Work, given: Surrogates | None = None) -> tuple[Surrogates, dict
     """
     from lora_drop_tools.teacher_forcing.closed_form import Site, balanced, batches_of, solve, walk
 
+    from .gates import gated, widened
     from .learner import apart, together
 
     forcing, plan, settings, console = work.forcing, work.plan, work.settings, work.console
@@ -124,16 +126,24 @@ def begin(work: Work, given: Surrogates | None = None) -> tuple[Surrogates, dict
     runs = {run[-1]: run for run in work.runs}
     whole = {} if given is None else together(given, work.runs)
 
-    def choose(name: str, site: Site) -> tuple[Any, Any] | None:
+    def choose(name: str, site: Site) -> tuple[Any, ...] | None:
         run = runs[name]
         scales[name] = scale = site.fit.scale.float()
         if not settings.closed_form_tokens:
             return whole.get(name)
-        solution = solve(site, plan.rank * len(run))
+        rank = plan.rank * len(run)
+        solution = solve(site, rank)
         which = f"layer {name}" if len(run) == 1 else f"layers {run[0]} to {name} as one"
         console.say(f"{which}: leaves {solution.left:.3f} of the base's squared error, ridge {solution.ridge:g}")
-        pair = balanced(solution.a, solution.b, scale)
-        return pair[0].to(forcing.device), pair[1].to(forcing.device)
+        a, b = (matrix.to(forcing.device) for matrix in balanced(solution.a, solution.b, scale))
+        if not plan.form.gated:
+            return a, b
+        matrices, left = gated(
+            *(site, run, widened(a, b, rank, scale, settings.seed), scale.to(forcing.device), settings.seed),
+            lambda *counts: update(f"gates of {which}", *counts),
+        )
+        console.say(f"{which}, gated: leaves {left:.3f} of the closed form's error, each dimension's over its size")
+        return matrices
 
     count = settings.closed_form_batches
     what = "closed form" if settings.closed_form_tokens else "scales of the features"

@@ -85,7 +85,7 @@ def read_fitted(settings: ProfileSettings) -> tuple[ProfileSettings, Fitted | No
         always_last=0,
         policy=config.policy or DEFAULT_POLICY,
     )
-    if fitted_for.form.with_change:
+    if fitted_for.form.of_runs:
         raise PlanError(
             "The adapters know what their neighbours do, so they say nothing of another drop list.",
             note=f"{directory} was fitted with --surrogate {fitted_for.surrogate}.",

@@ -65,7 +65,7 @@ def _figures(site: str, means: list[float]) -> SiteFigures:
             hint="Give --text of different tokens; if it is, look at the weights of the checkpoint.",
         )
     of_base = {Base.INPUT: residual, Base.PREVIOUS: recurrent, Base.ANCHOR: anchor}
-    distances = {name: of_base[form.base] for name, form in SURROGATES.items() if not form.with_change}
+    distances = {name: of_base[form.base] for name, form in SURROGATES.items() if not form.of_runs}
     return SiteFigures(
         similarity=dict(zip(DELTAS, means[:count], strict=True)),
         centred_similarity=dict(zip(DELTAS, means[count : 2 * count], strict=True)),

@@ -18,7 +18,7 @@ from .settings import RUN, RUN_SURROGATE
 if TYPE_CHECKING:
     from .result import Profile, RankedList
 
-BASES = tuple(name for name, form in SURROGATES.items() if not form.with_change)
+BASES = tuple(name for name, form in SURROGATES.items() if not form.of_runs)
 
 
 def _ratios(result: Profile) -> list[float]:

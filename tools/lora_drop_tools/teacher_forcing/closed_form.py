@@ -71,13 +71,25 @@ class Moments:
 
 @dataclass
 class Site:
-    """What was summed at one surrogate: to fit, and to choose the ridge."""
+    """What was summed at one surrogate: to fit, and to choose the ridge.
+
+    Attributes:
+        examples: features [N, w] and what the base lacks [N, d], of those to fit and of the others; of gated ones.
+    """
 
     fit: Moments = field(default_factory=Moments)
     held_out: Moments = field(default_factory=Moments)
+    examples: tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]] = field(default_factory=lambda: ([], []))
+
+    def keep(self, feature: Any, wanted: Any, count: int) -> None:
+        """Of texts [B, S, …], of which the first so many are to fit."""
+        for place, part in enumerate((slice(count), slice(count, None))):
+            x, y = (one[part].reshape(-1, one.shape[-1]) for one in (feature, wanted))
+            if len(x):
+                self.examples[place].append((x, y))
 
 
-Choose = Callable[[str, Site], "tuple[Any, Any] | None"]
+Choose = Callable[[str, Site], "tuple[Any, ...] | None"]
 
 
 def fitted_texts(number: int, batches: int, texts: int) -> int:
@@ -97,7 +109,7 @@ def _dropped_layer(
     policy: Policy,
     ends: Collection[str],
     choose: Choose,
-    chosen: dict[str, tuple[Any, Any]],
+    chosen: dict[str, tuple[Any, ...]],
 ) -> None:
     for batch in batches:
         if batch.decoded is None:
@@ -115,6 +127,8 @@ def _dropped_layer(
                 count = fitted_texts(number, len(batches), len(wanted))
                 site.fit.add(feature[:count], wanted[:count])
                 site.held_out.add(feature[count:], wanted[count:])
+                if plan.form.gated:
+                    site.keep(feature, wanted, count)
             pair = choose(name, site)
         if pair is not None:
             chosen[name] = pair
@@ -132,17 +146,18 @@ def walk(
     runs: Iterable[Sequence[str]],
     choose: Choose,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, tuple[Any, Any]]:
+) -> dict[str, tuple[Any, ...]]:
     """Send batches through all layers; at each surrogate sum features and targets up, and go on with `choose`'s answer.
 
     A site that does not end one of the `runs` goes on with its base, unasked: so the features of one that does are the
-    input of its run. Only two hidden states per batch are held, and one layer's K and V.
+    input of its run. Only two hidden states per batch are held, and one layer's K and V; of gated surrogates one's
+    features and targets, too.
 
     Returns: what `choose` answered, by the last site of the run.
     """
     import torch
 
-    chosen: dict[str, tuple[Any, Any]] = {}
+    chosen: dict[str, tuple[Any, ...]] = {}
     ends = {run[-1] for run in runs}
     last = max(map(layer_of, plan.sites), default=-1)
     with torch.no_grad():

@@ -33,7 +33,7 @@ def config_with_sites(directory: Path) -> tuple[AdapterConfig, tuple[str, ...]]:
 
 
 def stored_surrogates(directory: Path, plan: DropPlan, loaded: LoadedModel, device: Any) -> Surrogates:
-    """A [r, d] (or [r, 2d]) and s·B [d, r] of each adapted site of the plan, float32 on the device.
+    """A [r, d] (or [r, 2d]), s·B [d, r] and, where it is gated, G [r, d] of each adapted site, float32 on the device.
 
     Raises:
         PlanError, BundleError: they were fitted for another model or plan, or are damaged.
@@ -43,4 +43,4 @@ def stored_surrogates(directory: Path, plan: DropPlan, loaded: LoadedModel, devi
     width = loaded.model.get_input_embeddings().weight.shape[1]
     put = functools.partial(torch.tensor, device=device)
     found = read_adapters(directory, plan, width, loaded.fingerprint)
-    return {site: (put(a), put(b)) for site, (a, b) in found.items()}
+    return {site: tuple(map(put, matrices)) for site, matrices in found.items()}

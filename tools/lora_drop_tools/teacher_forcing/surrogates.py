@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lora_drop_runtime.plan.surrogate import SurrogateForm
+from lora_drop_runtime.plan.surrogate import GATE_EPSILON, SurrogateForm
 
 from .layout import Layout
 
-Surrogates = Mapping[str, tuple[Any, Any]]  # site → (A [r, d] or [r, 2d], s·B [d, r]); a missing one has only its base
+# Site → A [r, d] or [r, 2d], s·B [d, r] and, where it is gated, G [r, d]; a missing one has only its base
+Surrogates = Mapping[str, tuple[Any, ...]]
 
 
 def features(x: Any, state: Any, layout: Layout, form: SurrogateForm) -> tuple[Any, Any]:
@@ -39,9 +40,22 @@ def features(x: Any, state: Any, layout: Layout, form: SurrogateForm) -> tuple[A
     return total, base
 
 
-def product(feature: Any, pair: tuple[Any, Any] | None) -> Any:
-    """`s·B·A·x`, computed in the adapters' dtype; 0 without an adapter."""
-    if pair is None:
+def opening(x: Any, gate: Any) -> Any:
+    """What a gate G [r, d] multiplies what A makes of the stream x [..., d] by: `1 + silu(G n)`, [..., r]."""
+    from torch.nn.functional import rms_norm, silu
+
+    return 1 + silu(rms_norm(x, x.shape[-1:], eps=GATE_EPSILON) @ gate.T)
+
+
+def product(feature: Any, matrices: tuple[Any, ...] | None) -> Any:
+    """`s·B·A·x`, gated or not, computed in the adapters' dtype; 0 without an adapter.
+
+    A gate is of the stream, the first d of the features.
+    """
+    if matrices is None:
         return 0
-    a, b = pair
-    return (feature.to(a.dtype) @ a.T @ b.T).to(feature.dtype)
+    a, b, *gates = matrices
+    made = feature.to(a.dtype) @ a.T
+    for gate in gates:
+        made = made * opening(feature[..., : gate.shape[1]].to(gate.dtype), gate)
+    return (made @ b.T).to(feature.dtype)

@@ -67,6 +67,8 @@ def test_family(name, tmp_path):
         ("anchor", "backfill"),
         ("anchor", "fill"),
         ("residual-delta", "skip"),
+        ("residual-gated", "backfill"),
+        ("residual-delta-gated", "fill"),
     ],
 )
 def test_a_plan_of_all_kinds_of_sites(surrogate, policy, tmp_path):
