@@ -165,6 +165,8 @@ def test_adapters_in_a_session(place, adapters, tmp_path):
         ("residual-delta", "backfill", "lossless", False, True),
         ("residual-delta", "backfill", "fill", False, False),
         ("residual-delta", "fill", "backfill", False, False),  # the change would be another one
+        ("residual-gated", "backfill", "lossless", False, True),
+        ("residual-gated", "fill", "backfill", False, False),  # each would be given what is not its run's
     ],
 )
 def test_runs_of_neighbours_under_another_policy(surrogate, fitted, policy, apart, taken, tmp_path):

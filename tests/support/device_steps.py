@@ -19,6 +19,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "anchor, attn_mlp": {"surrogate": "anchor", "injection": "attn_mlp", "rank": 2},
     "recurrent, attn_mlp": {"surrogate": "recurrent", "injection": "attn_mlp", "rank": 2},
     "change": {"surrogate": "residual-delta", "rank": 2, "drop_layers": (3, 4, 6)},
+    "gated": {"surrogate": "residual-gated", "rank": 2, "drop_layers": (3, 4, 6)},
     "nothing dropped": {"drop_layers": ()},
     "fill": {"rank": 2, "policy": "fill"},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -52,6 +53,29 @@ def test_one_after_the_other(rank: int, names: list[str]) -> None:
             if (name := f"surrogate.{first}.lora_{part}") in weights:
                 product = product @ weights[name].T
         np.testing.assert_allclose(x + product, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("surrogate", "width"), [("residual-gated", WIDTH), ("residual-delta-gated", 2 * WIDTH)])
+def test_gated_ones_beside_each_other(surrogate: str, width: int) -> None:
+    """Of what the run was given, whatever their ranks sum up to."""
+    plan = DropPlan(num_layers=10, sites=("3", "4.attn", "4.mlp", "5", "7"), bare_sites=("4.mlp",), rank=9)
+    plan = dataclasses.replace(plan, surrogate=surrogate)
+    generator = np.random.default_rng(3)
+    shapes = (9, width), (WIDTH, 9), (9, WIDTH)
+    matrices: Matrices = {
+        site: tuple(generator.standard_normal(shape).astype(np.float32) for shape in shapes)
+        for site in plan.adapted_sites
+    }
+    weights = folded(matrices, plan, WIDTH)
+    assert {name: array.shape for name, array in weights.items()} == weight_shapes(plan, WIDTH)
+    assert math.prod(weight_shapes(plan, WIDTH)["surrogate.3.lora_G"]) == 3 * 9 * WIDTH
+    x, to_gate = generator.standard_normal((5, width)), generator.standard_normal((5, WIDTH))
+    for first, run in (("3", ("3", "4.attn", "5")), ("7", ("7",))):
+        a, g, b = (weights[f"surrogate.{first}.lora_{part}"] for part in "AGB")
+        found = ((x @ a.T) * np.tanh(to_gate @ g.T)) @ b.T
+        parts = (matrices[site] for site in run)
+        expected = sum(((x @ a.T) * np.tanh(to_gate @ g.T)) @ b.T for a, b, g in parts)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_a_product_that_is_too_large() -> None:

@@ -42,15 +42,11 @@ TOLERANCE = 3e-5  # of the row's largest |logit|: float32 sums in another order
 PROMPT, TOKENS = 5, 17
 
 
-def random_adapters(plan: DropPlan, width: int, rank: int = 3) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def random_adapters(plan: DropPlan, width: int, rank: int = 3) -> dict[str, tuple[torch.Tensor, ...]]:
     generator = torch.Generator().manual_seed(7)
-    features = plan.form.feature_size(width)
+    shapes = [(rank, plan.form.feature_size(width)), (width, rank), *[(rank, width)] * plan.form.gated]
     return {
-        site: (
-            torch.randn(rank, features, generator=generator) * 0.2,
-            torch.randn(width, rank, generator=generator) * 0.2,
-        )
-        for site in plan.adapted_sites
+        site: tuple(torch.randn(shape, generator=generator) * 0.2 for shape in shapes) for site in plan.adapted_sites
     }
 
 
@@ -67,12 +63,12 @@ def assert_as_the_oracle(name: str, plan: DropPlan, policy: str, k: int, prompt:
     model, forcing = made(name)
     ids = torch.randint(0, 131, (rows, TOKENS), generator=torch.Generator().manual_seed(3))
     matrices = random_adapters(plan, 64)
-    adapters = {site: (a, b, 1.0) for site, (a, b) in matrices.items()}
+    adapters = {site: (a, b, 1.0, *gates) for site, (a, b, *gates) in matrices.items()}
     theirs = oracle.OraclePlan(plan.sites, plan.surrogate, adapters, fill=policy == "fill")
     found = [oracle.decode_row(model, theirs, row[:prompt].tolist(), row[prompt:].tolist(), k, policy) for row in ids]
     layout = Layout.of(TOKENS, prompt, PeriodicSchedule(k))
     exact = forcing.exact(ids)
-    if plan.form.with_change:  # they have their place where a run ends
+    if plan.form.of_runs:  # they have their place where a run ends
         matrices = together(matrices, plan.surrogate_runs)
     with torch.no_grad():
         hidden = forcing.decode(exact, ids, layout, plan, matrices, POLICIES[policy])
@@ -89,7 +85,7 @@ def assert_as_the_oracle(name: str, plan: DropPlan, policy: str, k: int, prompt:
 
 
 POLICY_NAMES = ("skip", "backfill", "fill")  # lossless has the stream of backfill
-FORMS = ("residual", "recurrent", "anchor", "residual-delta")
+FORMS = oracle.FORMS
 MIXED = ("3.mlp", "4", "5.attn", "6.attn", "6.mlp")
 HALVES = {
     "whole": ("3", "4", "6"),

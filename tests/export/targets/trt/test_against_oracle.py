@@ -96,10 +96,11 @@ def test_graphs_of_tensorrt(name, of_llama, tmp_path, monkeypatch):
         assert_same_run(session, source.model, oracle_plan(bundle, adapters), PROMPTS, 3)
 
 
-def test_a_change_as_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("surrogate", ["residual-delta", "residual-delta-gated"])
+def test_a_change_as_state(surrogate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters that see what two neighbours, and one layer, added at the anchor."""
     monkeypatch.setattr(EngineBuilder, "build", parse_alone)
-    options = OPTIONS | {"surrogate": "residual-delta", "drop_layers": (3, 4, 6)}
+    options = OPTIONS | {"surrogate": surrogate, "drop_layers": (3, 4, 6)}
     bundle = make_bundle("llama", tmp_path / "b", **options)
     assert bundle.manifest.plan.states == {"3": "4", "6": "6"}
     adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, 64, bundle.manifest.model.fingerprint, rank=2)

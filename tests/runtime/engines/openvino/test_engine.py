@@ -108,6 +108,8 @@ def check_feed(engine: OpenVinoEngine) -> None:
         ("anchor", "skip"),
         ("residual-delta", "backfill"),
         ("residual-delta", "fill"),
+        ("residual-gated", "skip"),
+        ("residual-delta-gated", "backfill"),
     ],
 )
 def test_logits_are_those_of_target_ort(surrogate: str, policy: str, tmp_path: Path) -> None:

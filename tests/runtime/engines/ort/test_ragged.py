@@ -191,6 +191,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "recurrent": ("llama", {"surrogate": "recurrent", "rank": 4}),
     "recurrent, folded, halves": ("folded", {"surrogate": "recurrent", "rank": 4, "injection": "attn_mlp"}),
     "change": ("one more", {"surrogate": "residual-delta", "drop_layers": (1, 2, 4), "rank": 4}),
+    "gated": ("one more", {"surrogate": "residual-delta-gated", "drop_layers": (1, 2, 4), "rank": 4}),
     "recurrent, fill": ("llama", {"surrogate": "recurrent", "rank": 4, "policy": "fill"}),
     "recurrent, rank 0": ("llama", {"surrogate": "recurrent"}),
     "anchor": ("llama", {"surrogate": "anchor", "rank": 4}),
