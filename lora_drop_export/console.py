@@ -81,7 +81,10 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, what: str) -> Iterator[Progress]:
-        """A bar over bytes or steps; elsewhere a line at the end, and one where nothing was said for half a minute."""
+        """A bar over bytes or steps; elsewhere a line at the end, and one where nothing was said for half a minute.
+
+        A count that is less than the one before begins anew: the time that is left is its own.
+        """
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
@@ -97,12 +100,18 @@ class Console:
         )
         with bar:
             task = bar.add_task(what, total=None)
+            before, since, last = 0, begin, begin
 
             def update(description: str, done: int, total: int) -> None:
+                nonlocal before, since, last
+                if done < before:
+                    since = last
+                    bar.reset(task)
                 bar.update(task, description=description, completed=done, total=total)
                 now = time.monotonic()
+                before, last = done, now
                 if not self.rich.is_terminal and 0 < done < total and now - self._said >= LINE_SECONDS:
-                    left = (now - begin) * (total - done) / done
+                    left = (now - since) * (total - done) / done
                     self._print(f"{description}: {done / total:.0%}, {left:.0f} s left")
 
             yield update

@@ -38,6 +38,25 @@ def test_long_work_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert lines == [*(f"step {done}" for done in range(5)), "distillation: 100.0 s"]
 
 
+def test_a_count_that_begins_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The time that is left is that of its own steps."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(console_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    with Console().progress("closed form") as progress:
+        for what, total, seconds in (("closed form", 3, 400), ("gates", 4, 40)):
+            for done in range(1, total + 1):
+                clock.now += seconds
+                progress(what, done, total)
+    assert capsys.readouterr().err.splitlines() == [
+        "closed form: 33%, 800 s left",
+        "closed form: 67%, 400 s left",
+        "gates: 25%, 120 s left",
+        "gates: 50%, 80 s left",
+        "gates: 75%, 40 s left",
+        "closed form: 1360.0 s",
+    ]
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPIPE])
 def test_lines_that_nobody_can_take_end_nothing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hours of work ended for the disk of their log, or with rich's exit code 1 for a reader that went away."""

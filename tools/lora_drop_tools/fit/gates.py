@@ -61,6 +61,8 @@ def gated(
         tuple(torch.cat(parts) for parts in zip(*(examples or site.examples[0]), strict=True))
         for examples in site.examples
     )
+    for examples in site.examples:
+        examples.clear()  # they are as large again
     sizes = (site.fit.y_columns / max(1, site.fit.tokens)).sqrt().clamp(min=1e-6).float().to(device)
 
     def error(of: Surrogates, x: Any, y: Any) -> Any:
