@@ -220,7 +220,8 @@ def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint
         if not all(np.isfinite(matrix).all() for matrix in parts.values()):
             raise PlanError(
                 "An adapter holds values that are not numbers.",
-                note=f"Layer {site} of {directory} has NaN or infinity in A or in B times lora_alpha / r.",
+                note=f"Layer {site} of {directory} has NaN or infinity in A or in B times lora_alpha / r"
+                f"{', or in G' * plan.form.gated}.",
                 hint="Fit the adapters again, or copy the directory again.",
             )
         matrices[site] = (parts["A"], parts["B"], *(parts[GATE] for _ in range(plan.form.gated)))

@@ -69,13 +69,14 @@ def test_neighbours_that_were_fitted_as_one(llama_dir: Path, text: Path, tmp_pat
         ("halves", "3.attn,3.mlp", [], 2),
         ("state", "3,4", ["--surrogate", "recurrent"], 0),
         ("change", "3,5", ["--surrogate", "residual-delta"], 2),
+        ("gates", "3,5", ["--surrogate", "residual-gated"], 2),
     ):
         out = tmp_path / name
         assert main(["fit", str(llama_dir), *fitted, "--drop-layers", layers, *more, "--out", str(out)]) == 0
         capsys.readouterr()
         assert command(llama_dir, "--text", text, "--adapters", out, "--out", tmp_path / f"p-{name}") == code, name
         said = capsys.readouterr().err
-        assert ("fitted as one" in said or "know what their neighbours do" in said) == bool(code)
+        assert ("fitted as one" in said or "with their neighbours alone" in said) == bool(code)
         assert ("lora-drop fit" in said) == ("--apart" in said) == bool(code)
         assert (tmp_path / f"p-{name}").exists() == (not code)
 

@@ -142,7 +142,7 @@ def plan_to_fit(
         )
     if settings.apart and plan.form.of_runs:
         raise PlanError(
-            "These surrogates know what their neighbours do, so they are not fitted apart.",
+            "These surrogates mean something with their neighbours alone, so they are not fitted apart.",
             note=f"--surrogate is {plan.surrogate}.",
             hint=f"Leave --apart out; for profile --adapters fit with --surrogate {DEFAULT_SURROGATE} --apart.",
         )

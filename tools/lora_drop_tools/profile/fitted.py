@@ -87,7 +87,7 @@ def read_fitted(settings: ProfileSettings) -> tuple[ProfileSettings, Fitted | No
     )
     if fitted_for.form.of_runs:
         raise PlanError(
-            "The adapters know what their neighbours do, so they say nothing of another drop list.",
+            "The adapters mean something with their neighbours alone, and say nothing of another drop list.",
             note=f"{directory} was fitted with --surrogate {fitted_for.surrogate}.",
             hint=f"Fit them for profile with: lora-drop fit --surrogate {DEFAULT_SURROGATE} --apart",
         )
