@@ -102,7 +102,7 @@ OPTION_FACTORS: dict[str, tuple[Any, ...]] = {
     "kv_dtype": (None, "int8"),
     "weights": ("copy", "link"),
     "plan": tuple(PLANS),
-    "surrogate": tuple(SURROGATES),
+    "surrogate": tuple(name for name in SURROGATES if name != "residual-gated"),  # a part of residual-delta-gated
     "sites": ("block", "attn_mlp", "attn", "mlp"),
     "adapters": ("none", "room", "exported", "loaded"),
     "k": (0, 1, 3),
