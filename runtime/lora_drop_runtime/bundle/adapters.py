@@ -224,7 +224,7 @@ def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint
                 f"{', or in G' * plan.form.gated}.",
                 hint="Fit the adapters again, or copy the directory again.",
             )
-        matrices[site] = (parts["A"], parts["B"], *(parts[GATE] for _ in range(plan.form.gated)))
+        matrices[site] = tuple(parts.values())
     return matrices
 
 
@@ -254,12 +254,12 @@ def weight_shapes(plan: DropPlan, hidden_size: int) -> dict[str, tuple[int, int]
     width = plan.form.feature_size(hidden_size)
     for first, *others in plan.surrogate_runs:
         rank = plan.rank * (1 + len(others))
-        if plan.form.gated:
-            shapes[weight_name(first, GATE)] = rank, hidden_size
-        elif rank * (width + hidden_size) >= width * hidden_size:
+        if not plan.form.gated and rank * (width + hidden_size) >= width * hidden_size:
             shapes[weight_name(first, "BA")] = hidden_size, width
             continue
         shapes |= {weight_name(first, "A"): (rank, width), weight_name(first, "B"): (hidden_size, rank)}
+        if plan.form.gated:
+            shapes[weight_name(first, GATE)] = rank, hidden_size
     return shapes
 
 
@@ -292,7 +292,8 @@ def folded(matrices: Matrices, plan: DropPlan, hidden_size: int) -> dict[str, np
     shapes, weights = weight_shapes(plan, hidden_size), dict[str, npt.NDArray[np.float32]]()
     for run in plan.surrogate_runs:
         if plan.form.gated:
-            weights |= {weight_name(run[0], part): one for part, one in zip("ABG", beside(matrices, run), strict=True)}
+            whole = zip(plan.form.matrices, beside(matrices, run), strict=True)
+            weights |= {weight_name(run[0], part): matrix for part, matrix in whole}
             continue
         with np.errstate(over="ignore", invalid="ignore"):
             a, b = stacked(matrices, run)

@@ -50,8 +50,8 @@ class SurrogateForm:
 
     @property
     def matrices(self) -> str:
-        """An adapter's, by their letters."""
-        return "AGB" if self.gated else "AB"
+        """An adapter's, by their letters, in the order in which they are given."""
+        return "ABG" if self.gated else "AB"
 
     @property
     def base_is_state(self) -> bool:

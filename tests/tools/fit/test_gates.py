@@ -34,7 +34,7 @@ def fitted(x: torch.Tensor, y: torch.Tensor, rank: int = RANK) -> tuple[tuple[to
     site, steps = site_of(x, y), list[int]()
     solution, scale = solve(site, RANK), site.fit.scale.float()
     start = widened(*balanced(solution.a, solution.b, scale), rank, scale, 0)
-    matrices, left = gated(site, ("3", "4"), start, scale, 0, lambda done, total: steps.append(total - done))
+    matrices, left = gated(site, start, scale, 0, lambda done, total: steps.append(total - done))
     return matrices, left, steps
 
 

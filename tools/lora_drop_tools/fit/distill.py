@@ -33,7 +33,7 @@ from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout
 from lora_drop_tools.teacher_forcing.surrogates import Surrogates
 
-from .learner import Learner
+from .learner import Learner, cosine
 from .texts import Texts
 
 _LOSS_ROWS = 256  # tokens whose logits are in memory at once
@@ -237,7 +237,7 @@ def _rate(step: int, options: DistillOptions) -> float:
     warm = max(1, round(options.warm_up * options.steps))
     if step < warm:
         return (step + 1) / warm
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, options.steps - warm)))
+    return cosine((step - warm) / max(1, options.steps - warm))
 
 
 def _check_finite(kl: float, step: int, options: DistillOptions) -> None:

@@ -9,19 +9,19 @@ hundred times the others.
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from lora_drop_tools.teacher_forcing.closed_form import Site
-from lora_drop_tools.teacher_forcing.surrogates import Surrogates, product
+from lora_drop_tools.teacher_forcing.surrogates import product
 
-from .learner import Learner
+from .learner import Learner, cosine, drawn
 
 PASSES = 8  # over all tokens
 _TOKENS = 1024  # of a step
 _RATE = 0.03
 _WARM_UP = 50  # steps
+_RUN = "run"  # the only one that is learned at a time
 
 
 def widened(a: Any, b: Any, rank: int, scale: Any, seed: int) -> tuple[Any, Any, Any]:
@@ -32,24 +32,19 @@ def widened(a: Any, b: Any, rank: int, scale: Any, seed: int) -> tuple[Any, Any,
     import torch
 
     random = torch.Generator().manual_seed(seed)
-    more = torch.randn(rank - len(a), a.shape[1], generator=random).to(a) / a.shape[1] ** 0.5 / scale.to(a)
+    more = drawn(rank - len(a), scale.cpu(), random).to(a)
     nothing = b.new_zeros(len(b), len(more))
     return torch.cat([a, more]), torch.cat([b, nothing], 1), a.new_zeros(rank, len(b))
 
 
 def gated(
-    site: Site,
-    run: Sequence[str],
-    matrices: tuple[Any, ...],
-    scale: Any,
-    seed: int,
-    progress: Callable[[int, int], None],
+    site: Site, matrices: tuple[Any, ...], scale: Any, seed: int, progress: Callable[[int, int], None]
 ) -> tuple[tuple[Any, ...], float]:
     """The matrices that leave the least error on tokens that were not learned from, of those after each pass.
 
     Args:
         site: with examples.
-        run: under whose last site the matrices [R, …] stand.
+        matrices: of the run, to begin with.
         scale: root mean square of the features [w].
 
     Returns: the matrices, and what they leave of the closed form's error.
@@ -65,16 +60,15 @@ def gated(
         examples.clear()  # they are as large again
     sizes = (site.fit.y_columns / max(1, site.fit.tokens)).sqrt().clamp(min=1e-6).float().to(device)
 
-    def error(of: Surrogates, x: Any, y: Any) -> Any:
-        return ((y.float() - product(x.float(), of[end])) / sizes).square().mean()
+    def error(x: Any, y: Any) -> Any:
+        return ((y.float() - product(x.float(), learner.surrogates()[_RUN])) / sizes).square().mean()
 
     def unseen() -> float:
         with torch.no_grad():
             parts = zip(x_unseen.split(_TOKENS), y_unseen.split(_TOKENS), strict=True)
-            return sum(float(error(learner.surrogates(), *part)) * len(part[0]) for part in parts) / len(x_unseen)
+            return sum(float(error(*part)) * len(part[0]) for part in parts) / len(x_unseen)
 
-    end, rank = run[-1], len(matrices[0])
-    learner = Learner({end: matrices}, {end: scale}, [(end,)], device)
+    learner = Learner({_RUN: matrices}, {_RUN: scale}, [(_RUN,)], device)
     parameters = learner.all()
     optimizer = torch.optim.Adam(parameters, _RATE)
     random, each = torch.Generator().manual_seed(seed), -(-len(x) // _TOKENS)
@@ -84,13 +78,11 @@ def gated(
     with torch.enable_grad():
         for _ in range(PASSES):
             for part in torch.randperm(len(x), generator=random).to(x.device).split(_TOKENS):
-                rate = min(1.0, (step + 1) / min(_WARM_UP, total)) * (
-                    0.1 + 0.45 * (1 + math.cos(math.pi * step / total))
-                )
+                rate = min(1.0, (step + 1) / min(_WARM_UP, total)) * cosine(step / total)
                 for group in optimizer.param_groups:
                     group["lr"] = _RATE * rate
                 optimizer.zero_grad()
-                error(learner.surrogates(), x[part], y[part]).backward()
+                error(x[part], y[part]).backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 step += 1
@@ -98,5 +90,4 @@ def gated(
             if (found := unseen()) < best:
                 best, kept = found, copy.deepcopy(learner.parameters)
     learner.parameters = kept
-    assert len(learner.surrogates()[end][0]) == rank
-    return tuple(matrix.detach() for matrix in learner.surrogates()[end]), best / max(begun, 1e-30)
+    return tuple(matrix.detach() for matrix in learner.surrogates()[_RUN]), best / max(begun, 1e-30)

@@ -7,6 +7,7 @@ times as far.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -90,6 +91,18 @@ def together(pairs: Surrogates, runs: Sequence[Sequence[str]]) -> Surrogates:
         matrices = beside(arrays, run) if len(arrays[run[0]]) > 2 else stacked(arrays, run)
         found[run[-1]] = tuple(torch.from_numpy(matrix).to(pairs[run[0]][0]) for matrix in matrices)
     return found
+
+
+def cosine(share: float) -> float:
+    """The learning rate as a share of the highest, after a share of the steps: from 1 down to a tenth."""
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * share))
+
+
+def drawn(rank: int, scale: Any, random: Any) -> Any:
+    """Rows of an A that says something of features of these sizes [w], at random: [rank, w]."""
+    import torch
+
+    return torch.randn(rank, len(scale), generator=random) / len(scale) ** 0.5 / scale
 
 
 def _gate_units(scale: Any, gate: Any) -> Any:

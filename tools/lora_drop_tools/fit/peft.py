@@ -47,7 +47,7 @@ def save_adapters(
     for site, matrices in pairs.items():
         layer, _, half = site.partition(".")
         prefix = f"base_model.model.{layers}.{layer}.{_HALVES[half]}"
-        for part, matrix in zip("ABG", matrices, strict=False):
+        for part, matrix in zip(plan.form.matrices, matrices, strict=True):
             scale = plan.rank / settings.lora_alpha if part == "B" else 1.0
             values = matrix.detach().cpu().float().numpy() * np.float32(scale)
             tensors[f"{prefix}lora_{part}.weight"] = np.ascontiguousarray(values)

@@ -99,12 +99,14 @@ def _blank(work: Work, scales: Mapping[str, Any]) -> Surrogates:
     """Adapters that do nothing yet: random A in units of the features, B of zeros."""
     import torch
 
+    from .learner import drawn
+
     rank, device = work.plan.rank, work.forcing.device
     random = torch.Generator().manual_seed(work.settings.seed)
     features = len(next(iter(scales.values())))
     width = features // work.plan.form.feature_size(1)
     of_site = {site: scales[run[-1]] for run in work.runs for site in run}
-    a = {site: torch.randn(rank, features, generator=random) / features**0.5 / scale for site, scale in of_site.items()}
+    a = {site: drawn(rank, scale, random) for site, scale in of_site.items()}
     nothing = [torch.zeros(width, rank), *(torch.zeros(rank, width) for _ in range(work.plan.form.gated))]
     return {site: tuple(matrix.to(device) for matrix in (a[site], *nothing)) for site in of_site}
 
@@ -138,10 +140,8 @@ def begin(work: Work, given: Surrogates | None = None) -> tuple[Surrogates, dict
         a, b = (matrix.to(forcing.device) for matrix in balanced(solution.a, solution.b, scale))
         if not plan.form.gated:
             return a, b
-        matrices, left = gated(
-            *(site, run, widened(a, b, rank, scale, settings.seed), scale.to(forcing.device), settings.seed),
-            lambda *counts: update(f"gates of {which}", *counts),
-        )
+        begun, size = widened(a, b, rank, scale, settings.seed), scale.to(forcing.device)
+        matrices, left = gated(site, begun, size, settings.seed, lambda *counts: update(f"gates of {which}", *counts))
         console.say(f"{which}, gated: leaves {left:.3f} of the closed form's error, each dimension's over its size")
         return matrices
 
