@@ -176,3 +176,34 @@ def test_a_rate_that_is_too_high_is_said_once() -> None:
     ]
     (warning,) = (line for line in said if line.startswith("warning"))
     assert "KL 0.6050, 0.4000 before it; --learning-rate 0.0005 may help (it is 0.002)" in warning
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_loss_is_the_mean_divergence_and_sends_its_gradient_back(
+    weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In slices of 256 tokens and of 3 rows, against PyTorch's own KL divergence of all tokens at once."""
+    monkeypatch.setattr(distill, "_CACHED", 3 * 11)
+    generator = torch.Generator().manual_seed(5)
+    head, full, start = (torch.randn(*shape, generator=generator) for shape in ((11, 6), (4, 70, 6), (4, 70, 6)))
+    following = torch.randint(-1, 11, (4, 70), generator=generator)
+    weights = torch.rand(70, generator=generator) if weighted else None
+
+    decoded = start.clone().requires_grad_()
+    forcing: Any = SimpleNamespace(logits=lambda hidden: 5 * torch.tanh(hidden @ head.mT))
+    sums = distill.diverge(forcing, full, decoded * 2, following, True, weights)
+
+    reference = start.clone().requires_grad_()
+    p, q = (torch.log_softmax(5 * torch.tanh(x @ head.mT), -1) for x in (full, reference * 2))
+    kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)  # [4, 70]
+    (kl.mean() if weights is None else (kl * weights).sum() / (4 * weights.sum())).backward()
+    assert decoded.grad is not None
+    assert reference.grad is not None
+    assert torch.allclose(decoded.grad, reference.grad, rtol=1e-4, atol=1e-7)
+    p, q, kl = (tensor.detach() for tensor in (p, q, kl))
+    known = following >= 0
+    nats = [-float(x.gather(-1, following.clamp(min=0)[..., None])[..., 0][known].sum()) for x in (p, q)]
+    assert sums.tokens == 280
+    assert sums.same == int((p.argmax(-1) == q.argmax(-1)).sum())
+    assert sums.followed == int(known.sum())
+    assert [sums.kl, sums.nats_full, sums.nats_decoded] == pytest.approx([float(kl.sum()), *nats], rel=1e-5)

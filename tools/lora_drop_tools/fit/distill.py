@@ -37,6 +37,7 @@ from .learner import Learner, cosine
 from .texts import Texts
 
 _LOSS_ROWS = 256  # tokens whose logits are in memory at once
+_CACHED = 2**19  # logits that stay in a core's caches with what is made of them
 _LOSSES = 1000  # that are kept, at most
 
 
@@ -151,6 +152,40 @@ class Divergence:
         }
 
 
+def _diverge(expected: Any, found: Any, targets: Any, shares: Any, gradient: Any) -> Divergence:
+    """The sums over logits [rows, V], and KL's gradient by `found` into `gradient` [rows, V], where that is a tensor.
+
+    By the logits z of log-softmax, KL(p ‖ softmax(z)) has the gradient softmax(z) − p. On a CPU a few rows at a time go
+    through all of it: tensors of all rows would each be written to memory and read again.
+
+    Args:
+        targets: the true next tokens [rows], −1 where there is none.
+        shares: [rows], what each one's gradient is multiplied by.
+    """
+    import torch
+
+    sums = Divergence()
+    step = max(1, _CACHED // expected.shape[1]) if expected.device.type == "cpu" else len(expected)
+    with torch.no_grad():
+        for begin in range(0, len(expected), step):
+            rows = slice(begin, begin + step)
+            p_log, q_log = (logits[rows].float().log_softmax(-1) for logits in (expected, found))
+            p = p_log.exp()
+            known = targets[rows] >= 0
+            true = targets[rows].clamp(min=0)[:, None]
+            sums += Divergence(
+                len(p),
+                float(torch.linalg.vecdot(p, p_log - q_log).sum()),
+                int((p_log.argmax(-1) == q_log.argmax(-1)).sum()),
+                int(known.sum()),
+                -float(p_log.gather(1, true)[known].sum()),
+                -float(q_log.gather(1, true)[known].sum()),
+            )
+            if gradient is not None:
+                gradient[rows] = q_log.exp_().sub_(p).mul_(shares[rows, None])
+    return sums
+
+
 def diverge(
     forcing: TeacherForcing, full: Any, decoded: Any, following: Any, learn: bool = False, weights: Any = None
 ) -> Divergence:
@@ -173,23 +208,14 @@ def diverge(
     for begin in range(0, count, _LOSS_ROWS):
         part = slice(begin, begin + _LOSS_ROWS)
         with torch.no_grad():
-            expected = forcing.logits(full[:, part])[0].float().log_softmax(-1)  # [rows, V]
+            expected = forcing.logits(full[:, part])  # [1, rows, V]
         with torch.set_grad_enabled(learn):
-            found = forcing.logits(leaf[:, part])[0].float().log_softmax(-1)
-            kl = torch.nn.functional.kl_div(found, expected, log_target=True, reduction="none").sum(-1)  # [rows]
+            found = forcing.logits(leaf[:, part])
+        gradient = torch.empty_like(found) if learn else None
+        logits = (expected[0], found[0].detach())
+        sums += _diverge(*logits, targets[part], shares[part], None if gradient is None else gradient[0])
         if learn:
-            (kl * shares[part]).sum().backward()
-        with torch.no_grad():
-            known = targets[part] >= 0
-            true = targets[part].clamp(min=0)[:, None]
-            sums += Divergence(
-                len(expected),
-                float(kl.sum()),
-                int((expected.argmax(-1) == found.argmax(-1)).sum()),
-                int(known.sum()),
-                -float(expected.gather(1, true)[known].sum()),
-                -float(found.gather(1, true)[known].sum()),
-            )
+            found.backward(gradient)
     if learn:
         decoded.backward(leaf.grad.reshape(decoded.shape))
     return sums
