@@ -127,3 +127,4 @@ PENALTY = Bounds(0.001, 1000)
 COUNT_PENALTY = Bounds(-2, 2)  # presence and frequency, as OpenAI's API has them
 BIAS = Bounds(-100, 100)  # likewise
 SHARE = Bounds(0, 1)
+LENIENCE = Bounds(0, 1, open=True)

@@ -414,6 +414,7 @@ class Service:
         facts = {
             "k": _k_of(self.driver.schedule),
             "policy": self.driver.policy.name,
+            "lenience": self.driver.lenience,
             "chat": self._codec.chat_template is not None,
             "max_seq_len": self.driver.max_seq_len,
             "max_prompt_len": self.driver.max_prompt_len,
@@ -521,6 +522,9 @@ class Service:
             schedule = row_schedule(driver.bundle.manifest, driver.schedule, body.k, policy)
         except InputError as error:
             raise refused(error, "policy" if body.k is None else "k") from None
+        if body.lenience is not None and not policy.verifies:
+            said = f"lenience: the policy {policy.name} verifies no drafts. Send policy: lossless, or leave it out."
+            raise ApiError(400, said, param="lenience")
         scores_context = body.scores_prompt and body.context_tokens is None
         if scores_context and not policy.verifies and schedule != PeriodicSchedule(0):
             said = (
@@ -564,6 +568,7 @@ class Service:
         policy = self._policy(body)
         self._check_vocabulary(body.biases, "logit_bias")
         shared: dict[str, Any] = {"k": body.k, "policy": body.policy, "logprobs": body.likeliest}
+        shared["lenience"] = body.lenience
         if body.scores_prompt:
             shared["prompt_logprobs"] = True
         if body.ignore_eos or (body.scores_prompt and body.new_tokens in (0, 1)):

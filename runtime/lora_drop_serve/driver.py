@@ -191,7 +191,7 @@ class Driver:
         self._batch = batch
         self.most_rows = batch.slots + max_waiting
         self.bundle, self.target = batch.bundle, batch.target
-        self.policy, self.schedule = batch.policy, batch.schedule
+        self.policy, self.schedule, self.lenience = batch.policy, batch.schedule, batch.lenience
         self.max_seq_len, self.max_prompt_len = batch.max_seq_len, batch.max_prompt_len
         self.metrics = Metrics()
         self.is_leaving = self.is_closing = self._is_cut = False

@@ -36,6 +36,7 @@ class ModelFacts(_Said):
 
     k: int | Literal["auto"]
     policy: str
+    lenience: float
     chat: bool
     max_seq_len: int
     max_prompt_len: int

@@ -33,7 +33,7 @@ from .names import usable_name
 
 HEALTH_SECONDS = 2.0  # between two checks of a replica; Ray replaces it after the third that fails
 _REPLICAS = Bounds(0, 10_000)
-_OF_OPENING = {"k", "schedule", "policy", "draft", "target", "provider", "threads"}  # a bundle
+_OF_OPENING = {"k", "schedule", "policy", "draft", "lenience", "target", "provider", "threads"}  # a bundle
 _GPU_PARTS = 10_000  # of a GPU, the smallest that Ray counts
 
 
@@ -61,7 +61,7 @@ class Arguments(BaseModel):
         gpus: that a replica reserves, 1 when None if its engine runs on one.
         keep_prefixes: whether a prompt is not run again as far as another of the replica began alike.
         kv_cache_bytes: that the K/V of a replica's rows may take, where the target's caches are paged.
-        max_seq_len, max_prompt_len, k, schedule, policy, draft, target, provider: as for `Batch.open`.
+        max_seq_len, max_prompt_len, k, schedule, policy, draft, lenience, target, provider: as for `Batch.open`.
         threads: as there; a replica reserves as many CPUs, 1 when None.
     """
 
@@ -84,6 +84,7 @@ class Arguments(BaseModel):
     schedule: str | None = None
     policy: str | None = None
     draft: str | None = None
+    lenience: float | None = Field(None, gt=bounds.LENIENCE.least, le=bounds.LENIENCE.most)
     target: str | None = None
     provider: str | None = None
     threads: int | None = _within(bounds.THREADS)

@@ -205,7 +205,7 @@ Biases = Annotated[
 
 
 class Request(StrictModel):
-    """What a request of any kind has. `k` and `policy` are this server's own, and so are `top_k`, `min_p`,
+    """What a request of any kind has. `k`, `policy` and `lenience` are this server's own, and so are `top_k`, `min_p`,
     `repetition_penalty` and `ignore_eos`.
 
     Attributes:
@@ -238,6 +238,7 @@ class Request(StrictModel):
     stream: bool | None = None
     k: Annotated[int, within(bounds.K)] | Literal["auto"] | None = None
     policy: Text | None = None
+    lenience: Annotated[float, Field(gt=bounds.LENIENCE.least, le=bounds.LENIENCE.most)] | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -102,6 +102,27 @@ def test_greedy_under_penalties_is_the_full_schedules(opened) -> None:
             assert [row.tolist() for row in out] == [row.tolist() for row in full], (draft, k)
 
 
+def test_lenience_takes_greedy_tokens_of_its_share_of_the_likeliest_ones_probability(
+    opened, request: pytest.FixtureRequest
+) -> None:
+    """By the oracle along the text itself."""
+    session, _ = opened
+    name, bundle = PLANS[request.node.callspec.params["opened"]][0], session.bundle
+    strict = session.generate(PROMPTS, COUNT, k=3, draft="both", stop_token_ids=())
+    parted = 0
+    for lenience in (0.9, 0.5):
+        options = {"k": 3, "draft": "both", "stop_token_ids": ()}
+        out = session.generate(PROMPTS, COUNT, lenience=lenience, **options)
+        for prompt, tokens in zip(PROMPTS, out, strict=True):
+            plan = oracle_plan(bundle)  # of full steps alone, so without any adapters
+            rows = oracle.decode_row(family(name).model, plan, prompt, tokens[:-1].tolist(), 0)
+            for token, row in zip(tokens, rows, strict=True):
+                share = float((row[token] - row.max()).exp())
+                assert share >= lenience * (1 - 1e-3)
+        parted += sum(ours.tolist() != theirs.tolist() for ours, theirs in zip(out, strict, strict=True))
+    assert parted
+
+
 def test_a_seeded_draw_does_not_depend_on_the_other_rows(opened) -> None:
     session, _ = opened
     sampling = SamplingOptions(0.8, top_k=20, repetition_penalty=1.1, seed=3)

@@ -47,6 +47,7 @@ from lora_drop_runtime.text import TextCodec, checked_variables
 from lora_drop_tools.shared.bundles import check_session
 from lora_drop_tools.shared.options import (
     draft_option,
+    lenience_option,
     policy_option,
     provider_option,
     refuse_idle_drafts,
@@ -85,7 +86,7 @@ class GenerateSettings:
         max_new_tokens: 64 when None, in a chat 256, or what the bundle has room for.
         k: LoRA steps between refreshes, 0 for the full schedule; `auto` under a policy that verifies.
         schedule: when refreshes come, as for `Session.open`.
-        draft: where drafts come from, under a policy that verifies.
+        draft, lenience: where drafts come from and how they are judged, under a policy that verifies.
         temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed: as for
             `SamplingOptions`.
         stop: strings that end a text, themselves left out.
@@ -109,6 +110,7 @@ class GenerateSettings:
     schedule: str | None = schedule_option()
     policy: str | None = policy_option()
     draft: str | None = draft_option()
+    lenience: float | None = lenience_option()
     temperature: float = option(
         0.0, metavar="T", bounds=bounds.TEMPERATURE, help="draw at this temperature; 0 is greedy (default)"
     )
@@ -157,9 +159,8 @@ class GenerateSettings:
             refuse_unused(self, ("top_k", "top_p", "min_p", "seed"), "--temperature is 0", "add --temperature 0.8")
         check_known("schedule", self.schedule, SCHEDULES, "--schedule")
         if self.k == 0:
-            refuse_unused(
-                self, ("policy", "schedule", "draft"), "with --k 0 every step is a refresh", "use a larger --k"
-            )
+            idle = "policy", "schedule", "draft", "lenience"
+            refuse_unused(self, idle, "with --k 0 every step is a refresh", "use a larger --k")
         refuse_idle_drafts(self, self.policy)
         if self.json_schema is not None and self.regex is not None:
             refuse_unused(self, ("regex",), "--json-schema says what the text has to be", "give one of the two")
@@ -212,6 +213,7 @@ class GenerateSettings:
             schedule=self.schedule,
             policy=self.policy,
             draft=self.draft,
+            lenience=self.lenience,
             target=self.target,
             provider=self.provider,
             threads=self.threads,

@@ -26,6 +26,7 @@ from lora_drop_serve.names import usable_name
 from lora_drop_tools.shared.bundles import check_session
 from lora_drop_tools.shared.options import (
     draft_option,
+    lenience_option,
     policy_option,
     provider_option,
     refuse_idle_drafts,
@@ -52,7 +53,7 @@ class ServeSettings:
         grace: seconds that running requests may take when the server is told to end.
         log_requests: a line of JSON on standard error at each request's end.
         max_seq_len, max_prompt_len, keep_prefixes: as for `Batch.open`.
-        k, schedule, policy, draft: of requests that do not say their own.
+        k, schedule, policy, draft, lenience: of requests that do not say their own.
         target, provider, threads: as for `Batch.open`.
     """
 
@@ -103,6 +104,7 @@ class ServeSettings:
     schedule: str | None = schedule_option()
     policy: str | None = policy_option()
     draft: str | None = draft_option()
+    lenience: float | None = lenience_option()
     target: str | None = target_option()
     provider: str | None = provider_option()
     threads: int | None = threads_option()
@@ -143,6 +145,7 @@ class ServeSettings:
             schedule=self.schedule,
             policy=self.policy,
             draft=self.draft,
+            lenience=self.lenience,
             target=self.target,
             provider=self.provider,
             threads=self.threads,

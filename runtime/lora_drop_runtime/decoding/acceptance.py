@@ -7,10 +7,14 @@ With p the verifier's distribution and q the draft's, both after all sampling op
 accepted with probability min(1, p(d) / q(d)); else a token is drawn from max(p − q, 0), normalized. A draft that was
 looked up, or taken greedily, is accepted iff it is the token that the verifier chooses itself. So a seed draws the same
 tokens with looked-up drafts as without, however many there are. Penalties count drafts as if they had been accepted.
+
+Lenience l below 1 (Leviathan et al., A.5) takes l q for q there, and then also of a draft that was looked up, whose q
+is 1. A greedy one is accepted iff p(d) is at least l times the largest probability.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,22 +51,26 @@ def _probability(ids: Ids, probs: NDArray[np.float64], token: int) -> float:
     return float(probs[ids == token].sum())
 
 
-def judged(row: RowSampler, scores: NDArray[np.float32], draft: Draft) -> int:
+def judged(row: RowSampler, scores: NDArray[np.float32], draft: Draft, lenience: float = 1.0) -> int:
     """The verifier's token by penalized logits [V]: the draft's, if it is accepted."""
-    if draft.drawn_from is None:
+    if draft.drawn_from is None and lenience == 1:
         return row.choose(scores)
+    if row.options.temperature == 0:
+        best = row.choose(scores)
+        return draft.token if scores[draft.token] >= scores[best] + math.log(lenience) else best
     ids, probs = distribution(scores, row.options)
-    ours, theirs = _probability(ids, probs, draft.token), _probability(*draft.drawn_from, draft.token)
+    drawn_from = draft.drawn_from or (np.array([draft.token]), np.ones(1))
+    ours, theirs = _probability(ids, probs, draft.token), lenience * _probability(*drawn_from, draft.token)
     if row.generator.random() * theirs < ours:
         return draft.token
     rest = np.zeros(len(scores))
     rest[ids] = probs
-    rest[draft.drawn_from[0]] -= draft.drawn_from[1]
+    rest[drawn_from[0]] -= lenience * drawn_from[1]
     left = np.flatnonzero(rest > 0)
     return row.draw(left, rest[left]) if left.size else draft.token  # p = q but for their last bits
 
 
-def verified(row: RowSampler, drafts: Sequence[Draft], logits: NDArray[np.float32]) -> list[int]:
+def verified(row: RowSampler, drafts: Sequence[Draft], logits: NDArray[np.float32], lenience: float = 1.0) -> list[int]:
     """The accepted drafts and one token of the verifier's; the row remembers them. Nothing behind the end of its
     constraint.
 
@@ -71,7 +79,7 @@ def verified(row: RowSampler, drafts: Sequence[Draft], logits: NDArray[np.float3
     """
     tokens: list[int] = []
     for place, draft in enumerate(drafts):
-        tokens.append(judged(row, row.penalized(logits[place]), draft))
+        tokens.append(judged(row, row.penalized(logits[place]), draft, lenience))
         row.remember(tokens[-1])
         if tokens[-1] != draft.token or row.is_over:
             return tokens

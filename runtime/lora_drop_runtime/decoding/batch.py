@@ -61,6 +61,7 @@ class Batch:
         schedule: Schedule,
         policy: str | None = None,
         draft: str | None = None,
+        lenience: float | None = None,
         *,
         slots: int | None = None,
         max_seq_len: int | None = None,
@@ -73,7 +74,8 @@ class Batch:
         self._in_cycles = engine.runs_cycles  # asked in this thread, which may compile a kernel: `add` comes from any
         self._policy = checked_policy(bundle, policy)
         self._schedule = scheduled(schedule, self._policy)
-        self._draft, self._join_early = draft, checks.flag("join_early", join_early)
+        self._source = draft_source(draft, self._policy, len(bundle.manifest.plan.sites), lenience)
+        self._join_early = checks.flag("join_early", join_early)
         limits = bundle.manifest.limits
         self._count = checks.checked_slots(slots, limits)
         self.max_seq_len, self.max_prompt_len = checks.row_limits(max_seq_len, max_prompt_len, limits)
@@ -120,6 +122,7 @@ class Batch:
         schedule: str | None = None,
         policy: str | None = None,
         draft: str | None = None,
+        lenience: float | None = None,
         target: str | None = None,
         provider: str | None = None,
         threads: int | None = None,
@@ -152,6 +155,7 @@ class Batch:
             schedule=schedule,
             policy=policy,
             draft=draft,
+            lenience=lenience,
             target=target,
             provider=provider,
             threads=threads,
@@ -164,6 +168,7 @@ class Batch:
                 opened.schedule,
                 opened.policy,
                 draft,
+                lenience,
                 slots=slots,
                 max_seq_len=max_seq_len,
                 max_prompt_len=max_prompt_len,
@@ -249,6 +254,11 @@ class Batch:
         return self._schedule
 
     @property
+    def lenience(self) -> float:
+        """Likewise, where they verify drafts."""
+        return self._source.lenience
+
+    @property
     def rows(self) -> int:
         """Rows that run or wait, or whose last event has not been told."""
         return len(self._rows) + len(self._waiting) + sum(event.finished is not None for event in self._untold)
@@ -283,6 +293,7 @@ class Batch:
         schedule: str | None = None,
         policy: str | None = None,
         draft: str | None = None,
+        lenience: float | None = None,
         sampling: SamplingOptions | None = None,
         stop_token_ids: Sequence[int] | None = None,
         logprobs: int | None = None,
@@ -295,8 +306,8 @@ class Batch:
         Args:
             prompt_ids: at least one token.
             max_new_tokens: upper bound.
-            k, schedule, policy, draft: of this row; the batch's when None. An adaptive schedule that is named brings
-                the k and the policy that it was calibrated for.
+            k, schedule, policy, draft, lenience: of this row; the batch's when None. An adaptive schedule that is named
+                brings the k and the policy that it was calibrated for.
             sampling: greedy when None.
             stop_token_ids: end the row; the model's end tokens when None.
             logprobs: tell each token's logprob, and so many of the likeliest tokens'; None tells none.
@@ -331,8 +342,10 @@ class Batch:
             k, name = named_schedule(manifest, schedule, k, policy, (periodic, self._policy.name))
             verifier = checked_policy(self.bundle, name)
         chosen = row_schedule(manifest, self._schedule, k, verifier)
-        draft = self._draft if draft is None and verifier.verifies else draft
-        source = draft_source(draft, verifier, len(manifest.plan.sites))
+        if verifier.verifies:
+            draft = self._source.name if draft is None else draft
+            lenience = self._source.lenience if lenience is None else lenience
+        source = draft_source(draft, verifier, len(manifest.plan.sites), lenience)
         scores = checks.flag("prompt_logprobs", prompt_logprobs)
         context = checks.checked_context(context_tokens, len(prompt), scores)
         context = len(prompt) if verifier.verifies else context

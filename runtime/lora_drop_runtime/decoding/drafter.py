@@ -106,7 +106,7 @@ class Drafter:
 
     def judge(self, logits: npt.NDArray[np.float32]) -> list[int]:
         """The cycle's new tokens by the refresh's logits [n, V], up to a stop token, which is the last of them."""
-        tokens = verified(self._sampler, self.drafts, logits)
+        tokens = verified(self._sampler, self.drafts, logits, self._source.lenience)
         stop = next((place for place, token in enumerate(tokens, 1) if token in self._stops), len(tokens))
         self._pending = 0 if stop == len(self.drafts) + 1 else self._pending + stop
         return tokens[:stop]

@@ -41,6 +41,7 @@ class Asked(TypedDict):
     schedule: str | None
     policy: str | None
     draft: str | None
+    lenience: float | None
     target: str | None
     provider: str | None
     threads: int | None
@@ -58,7 +59,7 @@ def check_opening(path: str | Path, **asked: Unpack[Asked]) -> tuple[Bundle, Sch
     k, policy = named_schedule(bundle.manifest, asked["schedule"], asked["k"], asked["policy"])
     verifier = checked_policy(bundle, policy)
     chosen = scheduled(k, verifier)
-    draft_source(asked["draft"], verifier, len(bundle.manifest.plan.sites))
+    draft_source(asked["draft"], verifier, len(bundle.manifest.plan.sites), asked["lenience"])
     checks.checked_threads(asked["threads"])
     check_engine(bundle, asked["target"], asked["provider"])
     return bundle, chosen, policy

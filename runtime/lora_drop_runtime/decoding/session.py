@@ -64,6 +64,7 @@ class Session:
         schedule: Schedule,
         policy: str | None = None,
         draft: str | None = None,
+        lenience: float | None = None,
         *,
         forget: bool = False,
     ) -> None:
@@ -71,7 +72,8 @@ class Session:
         checks.check_name("The policy", policy, 'Use for example policy="skip".')
         self._policy = checked_policy(bundle, policy)
         self.schedule = scheduled(schedule, self._policy)
-        self._source = self._draft_source(draft)
+        checks.check_name("The draft", draft, 'Use for example draft="ngram".')
+        self._source = draft_source(draft, self._policy, len(bundle.manifest.plan.sites), lenience)
         self._forgets = checks.flag("forget", forget)
         self._clock: Clock = time.perf_counter
         self._paces: dict[int, AutoPace] = {}  # by the number of rows
@@ -95,6 +97,7 @@ class Session:
         schedule: str | None = None,
         policy: str | None = None,
         draft: str | None = None,
+        lenience: float | None = None,
         target: str | None = None,
         provider: str | None = None,
         threads: int | None = None,
@@ -115,6 +118,8 @@ class Session:
                 or `fill` (plan/policy.py); the bundle's own when None.
             draft: under `lossless` where drafts come from: `lora`, `ngram` or `both` (plan/drafting.py); `lora` when
                 None, or `ngram` where the bundle drops no layer.
+            lenience: under `lossless`, below 1, drafts are accepted, too, that the full schedule would not have chosen
+                (decoding/acceptance.py): greedily those with this share of the likeliest token's probability.
             target: `ort`, `openvino`, `tensorrt` or `tensorrt-rtx`; the bundle's first when None.
             provider: of ONNX Runtime, `cpu` when None; with one it also runs the graphs of a TensorRT target.
             threads: of a step on the CPU, one per physical core when None.
@@ -125,8 +130,8 @@ class Session:
 
         Raises:
             BundleError: the bundle is damaged, or cannot run here; NoDeviceError where only the GPU is missing.
-            InputError: k, policy or draft out of range, or one that the others have no use for; no threshold is stored
-                for the schedule.
+            InputError: k, policy, draft or lenience out of range, or one that the others have no use for; no threshold
+                is stored for the schedule.
         """
         opened = open_bundle(
             path,
@@ -134,13 +139,14 @@ class Session:
             schedule=schedule,
             policy=policy,
             draft=draft,
+            lenience=lenience,
             target=target,
             provider=provider,
             threads=threads,
             check=check,
         )
         try:
-            session = cls(opened.bundle, opened.engine, opened.schedule, opened.policy, draft, forget=forget)
+            session = cls(opened.bundle, opened.engine, opened.schedule, opened.policy, draft, lenience, forget=forget)
         except BaseException:
             opened.engine.close()
             raise
@@ -195,6 +201,7 @@ class Session:
         *,
         k: int | str | Schedule | None = None,
         draft: str | None = None,
+        lenience: float | None = None,
         sampling: SamplingOptions | None = None,
         stop_token_ids: Sequence[int] | None = None,
         reuse_prefix: bool = False,
@@ -206,7 +213,8 @@ class Session:
             prompts: token ids per prompt; one flat list is one prompt.
             max_new_tokens: upper bound per prompt.
             k: LoRA steps between refreshes for this request, or a schedule object; the session's when None.
-            draft: where this request's drafts come from, under a policy that verifies them; the session's when None.
+            draft, lenience: where this request's drafts come from and how they are judged, under a policy that verifies
+                them; the session's when None.
             sampling: greedy when None.
             stop_token_ids: end a row, itself excluded from the output; the model's end tokens when None.
             reuse_prefix: do not run again what a row of the request before begins with; its caches are taken over. They
@@ -224,7 +232,7 @@ class Session:
         self._usage.enter()
         try:
             for tokens, active in self._tokens(
-                rows, max_new_tokens, k, sampling, stop_token_ids, draft, reuse_prefix, constraint
+                rows, max_new_tokens, k, sampling, stop_token_ids, draft, reuse_prefix, constraint, lenience
             ):
                 for row, token in enumerate(tokens):
                     if active[row]:
@@ -240,6 +248,7 @@ class Session:
         *,
         k: int | str | Schedule | None = None,
         draft: str | None = None,
+        lenience: float | None = None,
         sampling: SamplingOptions | None = None,
         stop_token_ids: Sequence[int] | None = None,
         reuse_prefix: bool = False,
@@ -252,7 +261,9 @@ class Session:
         """
         rows = prompt_rows(prompt_ids)
         checks.check_one_prompt(rows)
-        tokens = self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids, draft, reuse_prefix, constraint)
+        tokens = self._tokens(
+            rows, max_new_tokens, k, sampling, stop_token_ids, draft, reuse_prefix, constraint, lenience
+        )
         return TokenStream(tokens, self._usage, self._own)
 
     def _tokens(
@@ -265,6 +276,7 @@ class Session:
         draft: str | None = None,
         reuse_prefix: bool = False,
         constraint: Constraint | None = None,
+        lenience: float | None = None,
     ) -> Chosen:
         """Yields (token per row, whether the row has one) for every new token."""
         manifest = self.bundle.manifest
@@ -273,7 +285,7 @@ class Session:
         options = checks.checked_sampling(sampling, manifest.model.vocab_size)
         checks.check_constraint(constraint)
         max_new_tokens = whole_number("The number of new tokens", max_new_tokens, "Use for example max_new_tokens=64.")
-        source = self._source if draft is None else self._draft_source(draft)
+        source = self._source if draft is None and lenience is None else self._asked_source(draft, lenience)
         schedule = self.schedule if k is None else scheduled(k, self._policy)
         if isinstance(schedule, PeriodicSchedule) and manifest.model.recurrent_layers:
             checks.check_lora_steps(min(schedule.k, max_new_tokens - 1), MOST_PENDING)
@@ -345,9 +357,13 @@ class Session:
             if not is_over and self._request is request:  # the caches may be ahead of what was told
                 request.take_back(told)
 
-    def _draft_source(self, draft: str | None) -> DraftSource:
+    def _asked_source(self, draft: str | None, lenience: float | None) -> DraftSource:
+        """A request's; what it does not say is the session's."""
         checks.check_name("The draft", draft, 'Use for example draft="ngram".')
-        return draft_source(draft, self._policy, len(self.bundle.manifest.plan.sites))
+        if self._policy.verifies:
+            draft = self._source.name if draft is None else draft
+            lenience = self._source.lenience if lenience is None else lenience
+        return draft_source(draft, self._policy, len(self.bundle.manifest.plan.sites), lenience)
 
     def statistics(self) -> Statistics | None:
         """What the latest request has counted so far, where its refreshes verify drafts; else None, as for k = 0."""

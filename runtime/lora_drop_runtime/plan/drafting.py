@@ -1,7 +1,8 @@
-"""What a policy that verifies drafts is told: how many drafts, and where they come from. Read once, at the edge.
+"""What a policy that verifies drafts is told: how many drafts, where they come from, and how strictly they are judged.
+Read once, at the edge.
 
-Enters: k and the name of a draft as the user gave them. Leaves: a schedule, a `DraftSource`, or an InputError. Knows no
-token and no cache.
+Enters: k, the name of a draft and a lenience as the user gave them. Leaves: a schedule, a `DraftSource`, or an
+InputError. Knows no token and no cache.
 
     lora     LoRA steps
     ngram    what followed the last tokens at their latest earlier occurrence in the row's own text (prompt look-up)
@@ -10,10 +11,10 @@ token and no cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_drop_runtime.bounds import K
+from lora_drop_runtime.bounds import LENIENCE, K
 from lora_drop_runtime.command_line import check_known
 from lora_drop_runtime.errors import InputError, PlanError
 
@@ -25,11 +26,17 @@ AUTO = "auto"  # as k: as many drafts as pay
 
 @dataclass(frozen=True)
 class DraftSource:
-    """Where drafts come from."""
+    """Where drafts come from.
+
+    Attributes:
+        lenience: of who verifies them: below 1 some are accepted that the full schedule would not have chosen
+            (decoding/acceptance.py).
+    """
 
     name: str
     looks_up: bool
     runs_lora_steps: bool
+    lenience: float = 1.0
 
 
 DRAFTS = {
@@ -82,29 +89,38 @@ def scheduled(k: int | str | Schedule, policy: Policy) -> Schedule:
     return VerifiedSchedule(k)  # type: ignore[arg-type]  # checked there
 
 
-def draft_source(name: Any, policy: Policy, sites: int) -> DraftSource:
+def said_policy(name: str, lenience: float | None) -> str:
+    """`lossless`, or `lossless, lenience 0.3`: a policy as results have it."""
+    return name if lenience is None or lenience == 1 else f"{name}, lenience {lenience:g}"
+
+
+def draft_source(name: Any, policy: Policy, sites: int, lenience: Any = None) -> DraftSource:
     """Where drafts come from; what suits the bundle when None.
 
     Args:
         sites: that the bundle drops.
+        lenience: above 0; 1, which accepts what the full schedule chooses, when None.
 
     Raises:
-        InputError: there is none of that name, the policy has no drafts, or the bundle makes none of that kind.
+        InputError: there is none of that name, the policy has no drafts, or the bundle makes none of that kind; the
+            lenience is out of range.
     """
-    if name is None:
-        return DRAFTS["lora" if sites else "ngram"]
-    check_known("draft", name, tuple(DRAFTS))
-    if not policy.verifies:
-        raise InputError(
-            "The policy has no drafts.",
-            note=f"draft is {name!r}, the policy {policy.name!r}, which verifies none.",
-            hint="Leave draft out, or use the policy lossless.",
-        )
-    source = DRAFTS[name]
+    if lenience is not None:
+        lenience = LENIENCE.real("The lenience", lenience)
+    if name is not None:
+        check_known("draft", name, tuple(DRAFTS))
+    for what, given in (("draft", name), ("lenience", lenience)):
+        if given is not None and not policy.verifies:
+            raise InputError(
+                "The policy has no drafts.",
+                note=f"{what} is {given!r}, the policy {policy.name!r}, which verifies none.",
+                hint=f"Leave {what} out, or use the policy lossless.",
+            )
+    source = DRAFTS[name or ("lora" if sites else "ngram")]
     if source.runs_lora_steps and not sites:
         raise InputError(
             "The bundle makes no drafts of that kind.",
             note=f"draft is {name!r}, which takes LoRA steps, and the bundle drops no layer.",
             hint="Use the draft ngram, or export with a drop list.",
         )
-    return source
+    return source if lenience is None else replace(source, lenience=lenience)

@@ -198,6 +198,42 @@ def test_all_tokens_of_a_cycle_are_distributed_as_without_drafts(options: Sampli
     assert p_value(counts.ravel(), probs.ravel()) > LEAST_P
 
 
+@pytest.mark.parametrize("lenience", [0.9, 0.4, 0.05])
+@pytest.mark.parametrize("drafter", ["far", "near", "looked up"])
+@pytest.mark.parametrize("name", ["temperature 1", "all", "counts"])
+def test_lenience_draws_no_token_more_often_than_it_says(name: str, drafter: str, lenience: float) -> None:
+    """The whole distribution, and its bound p / lenience (Leviathan et al., A.5)."""
+    options = FILTERS[name]
+    sampler = row(options, written=WRITTEN)
+    scores = sampler.penalized(LOGITS)
+    p = expected(LOGITS, options, [1, 4], WRITTEN)
+    if drafter == "looked up":
+        q = np.eye(len(LOGITS))[2]
+    else:
+        theirs = FAR if drafter == "far" else NEAR
+        q = expected(theirs, options, [1, 4], WRITTEN)
+    accepted = np.minimum(q, p / lenience)  # q, with probability min(1, p / (lenience · q))
+    rest = np.maximum(p - lenience * q, 0)
+    wanted = accepted + (1 - accepted.sum()) * (rest / rest.sum() if rest.any() else 0)
+    assert (wanted <= p / lenience + 1e-12).all()
+    counts = np.zeros(len(LOGITS))
+    for _ in range(DRAWS // 40):
+        draft = Draft(2) if drafter == "looked up" else drafted(sampler, theirs)[0]
+        counts[judged(sampler, scores, draft, lenience)] += 1
+    assert p_value(counts, np.where(wanted < 1e-12, 0, wanted)) > LEAST_P
+
+
+def test_lenience_accepts_greedily_what_has_its_share_of_the_likeliest_tokens_probability() -> None:
+    logits = np.stack([LOGITS, LOGITS])  # of the first token e^2, of the others e^1.5 = 0.61 of it, 0.18, 0.08, 0.05, …
+    for lenience, last in ((1.0, 0), (0.62, 0), (0.6, 2), (0.19, 2), (0.18, 3), (0.05, 4), (0.04, 5), (1e-3, 6)):
+        for token in range(7):
+            made = verified(row(SamplingOptions()), [Draft(token)], logits, lenience)
+            assert made == ([token, 0] if token <= last else [0]), (lenience, token)
+    biased = SamplingOptions(logit_bias={3: 1.5, 1: -100})  # after its options: 1.8 against 2.0
+    assert verified(row(biased), [Draft(3)], logits, 0.8) == [3, 0]
+    assert verified(row(biased), [Draft(1)], logits, 1e-9) == [0]
+
+
 def test_greedy_accepts_what_the_verifier_would_choose_under_its_penalty() -> None:
     sampler = row(SamplingOptions(0.0, repetition_penalty=10.0), (6,))
     logits = np.stack([LOGITS, LOGITS, LOGITS])

@@ -50,6 +50,7 @@ class Request:
     draft: str | None = None
     stops: tuple[int, ...] = ()
     counted: bool = False
+    lenience: float | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -57,6 +58,7 @@ class Request:
         return {
             "k": MarginSchedule(self.k, WIDE) if adaptive else self.k,
             "draft": self.draft if self.policy == "lossless" and self.k else None,
+            "lenience": self.lenience if self.policy == "lossless" else None,
             "sampling": SamplingOptions(self.temperature, seed=self.seed, **(COUNTED if self.counted else {})),
             "stop_token_ids": self.stops,
         }
@@ -77,6 +79,7 @@ def requests(draw, vocab: int, longest: int, policies: tuple[str, ...]) -> Reque
         draft=draw(st.sampled_from((None, "ngram", "both"))),
         stops=tuple(draw(st.lists(st.integers(0, vocab - 1), max_size=2))),
         counted=draw(st.booleans()),
+        lenience=draw(st.sampled_from((None, None, 0.5))),
     )
 
 

@@ -378,6 +378,11 @@ def test_options_are_refused_where_they_change_nothing() -> None:
         assert_refused(lambda policy=policy: opened("auto", policy), "k cannot be chosen", "'auto'", policy)
         call = lambda policy=policy: opened(policy=policy).generate([[1]], 2, draft="lora")  # noqa: E731
         assert_refused(call, "no drafts", "'lora'", policy)
+        assert_refused(lambda policy=policy: opened(policy=policy, lenience=1), "no drafts", "lenience is 1.0", policy)
+        call = lambda policy=policy: opened(policy=policy).generate([[1]], 2, lenience=0.5)  # noqa: E731
+        assert_refused(call, "no drafts", "lenience is 0.5", policy)
+    for wrong in (0, -0.5, 1.01, float("nan"), "much", True):
+        assert_refused(lambda wrong=wrong: opened(lenience=wrong), "lenience", str(wrong))
     assert_refused(lambda: opened(draft="nigram"), "Unknown draft", "'nigram'", "lora, ngram and both")
     assert_refused(lambda: opened(draft=3), "draft has the wrong type", "3")
     assert_refused(lambda: opened(Own()), "no schedule object", "Own", "lossless")

@@ -153,7 +153,7 @@ def test_memory_is_measured_beside_files_of_the_users(
     """A module of theirs may have the name of one that Python brings."""
     (tmp_path / "statistics.py").write_text("raise ImportError('shadowed')")
     monkeypatch.chdir(tmp_path)
-    request, options = Request(8, 1, 5), SessionOptions("skip", None, None, None, 1)
+    request, options = Request(8, 1, 5), SessionOptions("skip", threads=1)
     opened = Bundle.open(bundles[0])
     (found,) = measure_memory("b", opened, [1], request, np.zeros((1, 8), np.int64), options)
     assert found.pss

@@ -111,6 +111,7 @@ class SessionOptions:
 
     policy: str
     draft: str | None = None
+    lenience: float | None = None
     target: str | None = None
     provider: str | None = None
     threads: int | None = None
@@ -119,17 +120,24 @@ class SessionOptions:
 class TimedSession:
     """A session whose engine notes its runs, and whose token loop runs whole batches. Use as a context manager."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, policy: str | None = None, draft: str | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        policy: str | None = None,
+        draft: str | None = None,
+        lenience: float | None = None,
+    ) -> None:
         self._engine = TimedEngine(engine)
         self._chunks: dict[tuple[int, int], float] = {}
         schedule = PeriodicSchedule(bundle.manifest.plan.k)  # every request brings its own
-        self.session = Session(bundle, cast("Engine", self._engine), schedule, policy, draft)
+        self.session = Session(bundle, cast("Engine", self._engine), schedule, policy, draft, lenience)
 
     @classmethod
     def open(cls, bundle: Bundle, options: SessionOptions) -> TimedSession:
         """Raises BundleError where the bundle cannot run here."""
         engine = open_engine(bundle, options.target, options.provider, options.threads)
-        timed = cls(bundle, engine, options.policy, options.draft)
+        timed = cls(bundle, engine, options.policy, options.draft, options.lenience)
         if engine.warms_up:
             try:
                 timed.session.warm_up()

@@ -181,6 +181,7 @@ def _new_result(bundles: Mapping[str, Bundle], settings: BenchSettings, target: 
         new_tokens=settings.new_tokens,
         policy=policy.name,
         draft=draft_source(settings.draft, policy, len(manifest.plan.sites)).name if policy.verifies else "",
+        lenience=settings.lenience or 1.0,
         bundles={name: {"sites": list(bundle.manifest.plan.sites)} for name, bundle in bundles.items()},
     )
 
@@ -252,7 +253,7 @@ def _check_alike(bundles: Mapping[str, Bundle], settings: BenchSettings) -> None
         )
     for bundle in bundles.values():
         policy = policy_named(settings.policy or bundle.manifest.plan.policy)
-        draft_source(settings.draft, policy, len(bundle.manifest.plan.sites))
+        draft_source(settings.draft, policy, len(bundle.manifest.plan.sites), settings.lenience)
         for k in settings.windows:
             scheduled(k, policy)
 
@@ -283,7 +284,9 @@ def bench(
     check_results(settings.json_file, KEYS, settings.plots, FIGURES)
 
     result = _new_result(opened, settings, target)
-    options = SessionOptions(result.policy, settings.draft, settings.target, settings.provider, settings.threads)
+    options = SessionOptions(
+        result.policy, settings.draft, settings.lenience, settings.target, settings.provider, settings.threads
+    )
     if on_cpu:
         result.bandwidth = machine.read_bandwidth(result.threads)
         tell(f"read bandwidth: {result.bandwidth.describe()}")

@@ -252,6 +252,7 @@ class BenchResult:
     bundles: dict[str, dict[str, Any]]
     policy: str = DEFAULT_POLICY
     draft: str = ""  # where drafts come from, under a policy that verifies them
+    lenience: float = 1.0  # and how they are judged
     foreign_cores: float | None = None
     rows: list[Row] = field(default_factory=list)
     peer_rows: list[PeerRow] = field(default_factory=list)

@@ -16,6 +16,7 @@ from lora_drop_tools.bench.peers.options import PEERS
 from lora_drop_tools.shared.options import (
     draft_option,
     json_option,
+    lenience_option,
     plots_option,
     policy_option,
     provider_option,
@@ -40,7 +41,7 @@ class BenchSettings:
         new_tokens: of each row; the first comes from the prefill, so there is one step less.
         policy: of the refreshes; the first bundle's when None.
         schedules: of `SCHEDULES`; an adaptive one runs as the bundle was calibrated for it. `periodic` when empty.
-        draft: where drafts come from, under a policy that verifies them.
+        draft, lenience: where drafts come from and how they are judged, under a policy that verifies them.
         repeats: how often each arm runs; at least 2.
         json_file: gets all figures, every step's time among them.
         plots: a directory for figures; needs matplotlib.
@@ -81,6 +82,7 @@ class BenchSettings:
         help=f"measure these schedules: {', '.join(SCHEDULES)} (default {PERIODIC})",
     )
     draft: str | None = draft_option()
+    lenience: float | None = lenience_option()
     repeats: int = option(5, metavar="R", bounds=_REPEATS, help="run everything so many times (default 5)")
     json_file: Path | None = json_option("write every figure and every step's time")
     plots: Path | None = plots_option()
@@ -119,7 +121,9 @@ class BenchSettings:
             check_known("schedule", schedule, SCHEDULES, "--schedule")
         refuse_idle_windows(self)
         if self.windows == [0] and not set(self.schedules) & set(ADAPTIVE):
-            refuse_unused(self, ("policy", "draft"), "with --k 0 every step is a refresh", "use a larger --k")
+            refuse_unused(
+                self, ("policy", "draft", "lenience"), "with --k 0 every step is a refresh", "use a larger --k"
+            )
         refuse_idle_drafts(self, self.policy)
         if self.contexts == () or not self.batches:
             raise InputError(

@@ -30,6 +30,7 @@ from lora_drop_runtime.command_line import tell
 from lora_drop_runtime.decoding.schedules import named_schedule
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.drafting import draft_source, said_policy
 from lora_drop_runtime.plan.policy import POLICIES, Policy
 from lora_drop_runtime.plan.schedule import PERIODIC, SCHEDULES, AdaptiveSchedule
 from lora_drop_runtime.text import TextCodec
@@ -152,7 +153,8 @@ def _measure_tasks(
 
     found: dict[int, dict[str, Measured]] = {k: {} for k in ks}
     places = {name: one.places for name, one in opened.tasks.items()}
-    engine = settings.target, settings.provider, settings.threads
+    lenience = settings.lenience_under(POLICIES[session.policy])
+    engine = settings.target, settings.provider, settings.threads, lenience
     with Writer(session.bundle.root, codec, session.policy, *engine) as writer:
         for name, one in opened.tasks.items():
             for k in ks:
@@ -181,10 +183,11 @@ class _Work:
     kv_request: tuple[int, int]
 
 
-def _row(work: _Work, policy: Policy, given: WindowK, speedups: Mapping[Key, float]) -> EvalRow:
+def _row(work: _Work, policy: Policy, lenience: float | None, given: WindowK, speedups: Mapping[Key, float]) -> EvalRow:
     """What is known of an arm before anything is measured."""
     k, name, bundle = longest(given), work.name, work.bundle
-    plan, arm, share = bundle.manifest.plan, policy.name if k else FULL, costs.shares(bundle.manifest)
+    plan, share = bundle.manifest.plan, costs.shares(bundle.manifest)
+    arm = said_policy(policy.name, lenience) if k else FULL
     return EvalRow(
         bundle=name,
         label=work.label,
@@ -267,14 +270,14 @@ def _measure(
         spread = opened.enter_context(Spread(bundle, policy, settings)) if settings.ray else None
         sums = _measure_text(session, work.windows, [*ks, *schedules], work.store, spread) if work.windows else {}
         measured = _measure_tasks(session, work.codec, work.opened, ks, settings, work.store, spread)
-    rows = []
+    rows, lenience = [], settings.lenience_under(POLICIES[policy])
     for k in ks:
         full = measured[0] if k else {}
         found = {task: task_figures(measured[k][task], full.get(task), seed) for task in work.opened.tasks}
-        row = _row(work, POLICIES[policy], k, speedups)
+        row = _row(work, POLICIES[policy], lenience, k, speedups)
         rows.append(_filled(row, sums.get(k), found, work.opened.groups, seed))
     for schedule in schedules:
-        row = _row(work, POLICIES[policy], schedule, speedups)
+        row = _row(work, POLICIES[policy], None, schedule, speedups)
         rows.append(_adaptive_row(row, work, POLICIES[policy], sums[schedule], seed))
     return rows
 
@@ -340,6 +343,10 @@ def eval(
     opened = open_bundles(given)
     for one in opened.values():
         check_session(one, settings.target, settings.provider, settings.threads, settings.policies)
+    if settings.lenience is not None and not settings.policies:
+        for one in opened.values():
+            plan = one.manifest.plan
+            draft_source(None, plan.refresh_policy, len(plan.sites), settings.lenience)
     settings = checked(opened, settings)
     adaptive = {name: _schedules(bundle, settings) for name, bundle in opened.items()}
     request = text_request(settings)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.errors import InputError, counted
+from lora_drop_runtime.plan.drafting import said_policy
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY
 from lora_drop_runtime.plan.schedule import PERIODIC
 from lora_drop_runtime.text import TextCodec
@@ -139,7 +140,7 @@ def read_speedups(path: str | Path | None, names: Sequence[str]) -> tuple[dict[K
     path = Path(path)
     with bench_file(path, "speed-ups"):
         data = json.loads(path.read_text(encoding="utf-8"))
-        policy = data.get("policy", DEFAULT_POLICY)
+        policy = said_policy(data.get("policy", DEFAULT_POLICY), data.get("lenience"))
         rows, batch, context = of_one_request(data["rows"])
         found: dict[Key, float] = {
             (

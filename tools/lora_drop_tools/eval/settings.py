@@ -9,12 +9,13 @@ from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.policy import POLICIES
+from lora_drop_runtime.plan.policy import POLICIES, Policy
 from lora_drop_runtime.plan.schedule import ADAPTIVE, PERIODIC, SCHEDULES
 
 from lora_drop_tools.eval.paper import PAPER
 from lora_drop_tools.shared.options import (
     json_option,
+    lenience_option,
     plots_option,
     provider_option,
     refuse_idle_windows,
@@ -27,7 +28,7 @@ WINDOWS_K = (1, 3)
 _WANTED = Bounds(0, 1, open=True)
 _SHOTS = Bounds(0, 1000)
 _AIM = Bounds(0, 100, open=True)  # percentage points
-_OF_TASKS = ("include_path", "num_fewshot", "limit", "aim", "unsafe_code")
+_OF_TASKS = ("include_path", "num_fewshot", "limit", "aim", "lenience", "unsafe_code")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class EvalSettings:
         calibrate: find the thresholds of adaptive schedules at which this share of the likeliest tokens is the full
             schedule's, and store them in the bundle; nothing is evaluated.
         policies: of `POLICIES`, one or several; each bundle's own when empty.
+        lenience: of policies that verify drafts, for texts that tasks want written; scores are the full schedule's.
         text: a UTF-8 file for perplexity, agreement and KL.
         window, prompt: tokens of a window of the text, and of those how many are given; 512 and 32 when None, or as
             many of them as all bundles allow. A cycle of more than 31 LoRA steps makes the prompt k + 1 then, a window
@@ -98,6 +100,7 @@ class EvalSettings:
         metavar="NAME,…",
         help=f"evaluate these policies: {', '.join(POLICIES)} (default: each bundle's)",
     )
+    lenience: float | None = lenience_option()
     text: Path | None = option(None, metavar="FILE", help="score a text: perplexity, agreement and KL")
     window: int | None = option(
         None,
@@ -155,11 +158,16 @@ class EvalSettings:
     def __post_init__(self) -> None:
         check_options(self)
         if self.ks == [0] and not set(self.schedules) & set(ADAPTIVE):
-            refuse_unused(self, ("policies", "aim", "plots"), "with --k 0 every step is a refresh", "use a larger --k")
+            refuse_unused(
+                self, ("policies", "lenience", "aim", "plots"), "with --k 0 every step is a refresh", "use a larger --k"
+            )
         if self.calibrate is None:
             refuse_idle_windows(self)
         for policy in self.policies:
             check_known("refresh policy", policy, tuple(POLICIES), "--policy")
+        if self.policies and not any(POLICIES[policy].verifies for policy in self.policies):
+            because = f"--policy {','.join(self.policies)} verifies no drafts"
+            refuse_unused(self, ("lenience",), because, "add lossless to --policy")
         for schedule in self.schedules:
             check_known("schedule", schedule, SCHEDULES, "--schedule")
         if self.calibrate is not None:
@@ -266,6 +274,10 @@ class EvalSettings:
         if not self.aim:
             return None
         return (self.aim[0] if len(self.aim) == 1 else self.aim[place]) / 100
+
+    def lenience_under(self, policy: Policy) -> float | None:
+        """None where it is that of the full schedule."""
+        return self.lenience if policy.verifies else None
 
     @property
     def window_tokens(self) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import BundleError, InputError, LoraDropError, first_line
+from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.text import TextCodec
 
 from .scoring import Row, Score, Sums, Window, WindowK, score, score_windows
@@ -32,10 +33,18 @@ FREED_SECONDS = 10  # within which a cluster says that the room of killed worker
 class _Worker:
     """A bundle that is open under one policy, in a process of the cluster."""
 
-    def open(self, root: Path, policy: str, target: str | None, provider: str | None, threads: int | None) -> None:
+    def open(
+        self,
+        root: Path,
+        policy: str,
+        target: str | None,
+        provider: str | None,
+        threads: int | None,
+        lenience: float | None,
+    ) -> None:
         """Not when the process starts: Ray would tell of an error there in its own words alone."""
         self._session = Session.open(root, policy=policy, target=target, provider=provider, threads=threads)
-        self._writer = Writer(root, TextCodec.open(root / "tokenizer"), policy, target, provider, threads)
+        self._writer = Writer(root, TextCodec.open(root / "tokenizer"), policy, target, provider, threads, lenience)
 
     def windows(self, windows: Sequence[Window], ks: Sequence[WindowK]) -> dict[WindowK, list[Sums]]:
         found: dict[WindowK, list[Sums]] = {}
@@ -128,7 +137,8 @@ class Spread:
         if min(free, largest) < each:
             raise _no_room(f"One takes {each} {name}; {free:g} are free, the largest node has {largest:g}.")
         worker = ray.remote(_Worker).options(**{f"num_{name.lower()}s": each})
-        given = bundle.root.absolute(), policy, settings.target, settings.provider, settings.threads
+        lenience = settings.lenience_under(POLICIES[policy])
+        given = bundle.root.absolute(), policy, settings.target, settings.provider, settings.threads, lenience
         # No more than its nodes have places; one that others have taken meanwhile is never ready, and gets no batch
         places = sum(int(has // each) for has in nodes)
         self._resource, self._room = name, free

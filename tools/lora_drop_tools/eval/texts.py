@@ -68,7 +68,7 @@ class Writer:
 
     Args:
         path: the bundle's directory.
-        policy, target, provider, threads: as for `Session.open`.
+        policy, target, provider, threads, lenience: as for `Session.open`.
     """
 
     def __init__(
@@ -79,9 +79,10 @@ class Writer:
         target: str | None = None,
         provider: str | None = None,
         threads: int | None = None,
+        lenience: float | None = None,
     ) -> None:
         self._path, self._codec, self._policy = path, codec, policy
-        self._target, self._provider, self._threads = target, provider, threads
+        self._target, self._provider, self._threads, self.lenience = target, provider, threads, lenience
         self._batch: Batch | None = None
         self._size: _Size | None = None
 
@@ -114,6 +115,7 @@ class Writer:
                 max_prompt_len=self._size.prompt,
                 k=self._size.k,
                 policy=self._policy,
+                lenience=self.lenience,
                 target=self._target,
                 provider=self._provider,
                 threads=self._threads,

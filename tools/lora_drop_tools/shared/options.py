@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_drop_runtime.bounds import THREADS
+from lora_drop_runtime.bounds import LENIENCE, THREADS
 from lora_drop_runtime.command_line import option, refuse_unused
 from lora_drop_runtime.plan.drafting import DRAFTS
 from lora_drop_runtime.plan.policy import POLICIES
@@ -36,14 +36,23 @@ def draft_option() -> Any:
     return option(None, help=what, choices=tuple(DRAFTS))
 
 
+def lenience_option() -> Any:
+    """`float | None`; None accepts what the full schedule chooses."""
+    what = (
+        "under --policy lossless, accept drafts with this share of the likeliest token's probability, too: sooner, and "
+        "no longer the full schedule's text (default 1)"
+    )
+    return option(None, metavar="L", bounds=LENIENCE, help=what)
+
+
 def refuse_idle_drafts(settings: Any, policy: str | None) -> None:
-    """Refuse `--draft` and `--k auto` beside a policy that verifies no drafts; None is the bundle's, not known yet.
+    """Refuse `--draft` and `--lenience` beside a policy that verifies no drafts; None is the bundle's, not known yet.
 
     Raises:
         InputError: one was given.
     """
     if policy is not None and policy in POLICIES and not POLICIES[policy].verifies:
-        refuse_unused(settings, ("draft",), f"--policy {policy} verifies no drafts", "use --policy lossless")
+        refuse_unused(settings, ("draft", "lenience"), f"--policy {policy} verifies no drafts", "use --policy lossless")
 
 
 def refuse_idle_windows(settings: Any) -> None:

@@ -25,6 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.drafting import said_policy
 from lora_drop_runtime.text import TextCodec
 
 from lora_drop_tools.eval.scoring import Ids, Row, Score, batches, phase_of, prompt_length, score
@@ -258,7 +259,7 @@ class SessionLM(LM):  # type: ignore[misc] # lm-eval is left untyped
         return int(request.doc_id if places is None else places[request.doc_id])
 
     def _key(self, kind: str, request: Any, question: Any) -> Key:
-        policy = self._session.policy if self._k else "full"
+        policy = said_policy(self._session.policy, self._writer.lenience) if self._k else "full"
         return policy, self._k, str(request.task_name), self._item(request), kind, digest(question)
 
     def _what(self, requests: Sequence[Any]) -> str:
@@ -274,7 +275,7 @@ class LoraDropLM(SessionLM):
     Args:
         bundle: its directory.
         k: LoRA steps between refreshes, 0 for the full schedule; the bundle's own when None.
-        policy, target, provider, threads: as for `Session.open`.
+        policy, lenience, target, provider, threads: as for `Session.open`.
         seed: of the places in the cycle and of drawn texts.
         batch_size, max_batch_size, device: lm-eval gives them to every model. Batches are the bundle's, and the target
             says where it runs, so they change nothing.
@@ -289,6 +290,7 @@ class LoraDropLM(SessionLM):
         bundle: str | None = None,
         k: int | None = None,
         policy: str | None = None,
+        lenience: float | None = None,
         target: str | None = None,
         provider: str | None = None,
         threads: int | None = None,
@@ -298,7 +300,7 @@ class LoraDropLM(SessionLM):
         device: Any = None,
         **unknown: Any,
     ) -> None:
-        known = "bundle, k, policy, target, provider, threads and seed"
+        known = "bundle, k, policy, lenience, target, provider, threads and seed"
         if unknown or bundle is None:
             raise InputError(
                 "The model has an argument that is not known." if unknown else "The model has no bundle.",
@@ -313,11 +315,11 @@ class LoraDropLM(SessionLM):
                     hint=f"Use for example --model_args bundle=DIR,{name}=3.",
                 )
         session = Session.open(
-            bundle, k=k, policy=policy, target=target, provider=provider, threads=threads
+            bundle, k=k, policy=policy, lenience=lenience, target=target, provider=provider, threads=threads
         )  # checks what it is given
         chosen = session.bundle.manifest.plan.k if k is None else k
         codec = TextCodec.open(session.bundle.root / "tokenizer")
-        writer = Writer(session.bundle.root, codec, session.policy, target, provider, threads)
+        writer = Writer(session.bundle.root, codec, session.policy, target, provider, threads, lenience)
         super().__init__(session, codec, writer, chosen, seed, Store(None, {}))
 
     def _kept(self, keys: Sequence[Key]) -> list[Any]:

@@ -46,7 +46,8 @@ def _check_arguments(k: Any, options: dict[str, Any]) -> None:
         raise InputError(
             "The model has an argument that is not known." if unknown else "The model lacks an argument.",
             note=f"Given is {', '.join(unknown)}." if unknown else f"Not given is {', '.join(missing)}.",
-            hint=f"Use for example {_EXAMPLE}; also known are policy, seed and those of lm-eval's local-completions.",
+            hint=f"Use for example {_EXAMPLE}; also known are policy, lenience, seed and those of lm-eval's "
+            "local-completions.",
         )
     if type(k) is not int or k < 0:
         raise InputError(
@@ -62,14 +63,21 @@ class ServedLM(LocalCompletionsAPI):  # type: ignore[misc] # lm-eval is left unt
 
     Args:
         k: LoRA steps between refreshes; it has to be given, since places in the cycle are drawn by it.
-        policy: the server's when None.
+        policy, lenience: the server's when None.
         seed: of the places in the cycle, as for the model `lora-drop`.
 
     Raises:
         InputError: an argument is not known, missing or wrong; the server does not answer, or refuses a request.
     """
 
-    def __init__(self, k: int | None = None, policy: str | None = None, seed: int = 0, **options: Any) -> None:
+    def __init__(
+        self,
+        k: int | None = None,
+        policy: str | None = None,
+        lenience: float | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
         _check_arguments(k, options)
         try:
             super().__init__(seed=seed, **options)
@@ -85,7 +93,8 @@ class ServedLM(LocalCompletionsAPI):  # type: ignore[misc] # lm-eval is left unt
                 note=f"tokenizer is {options['tokenizer']!r}: {first_line(error):.300}",
                 hint="Give the checkpoint's directory, or a folder with its tokenizer's files.",
             ) from None
-        self._fields: dict[str, Any] = {"k": k} if policy is None else {"k": k, "policy": policy}
+        given = {"k": k, "policy": policy, "lenience": lenience}
+        self._fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         self._items: dict[tuple[str, str], Any] = {}  # who asks, by the texts that lm-eval keeps beside the tokens
         self._ask_once()
 
