@@ -20,7 +20,7 @@ import pytest
 from lora_drop_runtime import Batch, SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
-from lora_drop_runtime.decoding import sampling
+from lora_drop_runtime.decoding import drafter, sampling
 from lora_drop_runtime.text import TextCodec
 
 from tests.support.bundles import record_again
@@ -140,6 +140,17 @@ def test_penalties_biases_and_min_p(client: openai.OpenAI, bundle: Bundle) -> No
     usual = {"model": bundle.manifest.model.name, "prompt": PROMPT, "max_tokens": 9, "temperature": 0}
     done = client.completions.create(**usual, **nothing, extra_body={"min_p": None})
     assert done.choices[0].text == client.completions.create(**usual, logit_bias={}).choices[0].text
+
+
+def test_lenience(client: openai.OpenAI, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafter, "CONFIDENCE", 0.0)  # a random model has less
+    usual = {"model": bundle.manifest.model.name, "prompt": PROMPT, "max_tokens": 30, "temperature": 0}
+    texts = []
+    for lenience in (None, 0.5):
+        extra = {"k": 3, "policy": "lossless", "lenience": lenience}
+        texts.append(client.completions.create(**usual, extra_body=extra).choices[0].text)
+        assert texts[-1] == words(alone(bundle, PROMPT, 30, k=3, policy="lossless", lenience=lenience))
+    assert texts[0] != texts[1]
 
 
 def test_logprobs_are_the_models_own_under_penalties_and_biases(client: openai.OpenAI, bundle: Bundle) -> None:

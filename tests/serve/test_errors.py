@@ -156,6 +156,10 @@ WRONG = [
     (COMPLETIONS, {"suffix": "end"}, "suffix"),
     (COMPLETIONS, {"min_p": 1.1}, "min_p"),
     (COMPLETIONS, {"min_p": -0.1}, "min_p"),
+    (COMPLETIONS, {"policy": "lossless", "lenience": 0}, "lenience"),
+    (COMPLETIONS, {"policy": "lossless", "lenience": 1.1}, "lenience"),
+    (COMPLETIONS, {"policy": "backfill", "lenience": 0.5}, "lenience"),
+    (CHAT, {"messages": HI, "lenience": 0.5}, "lenience"),
     (COMPLETIONS, {"messages": HI}, "messages"),
     (CHAT, {}, "messages"),
     (CHAT, {"messages": []}, "messages"),
@@ -220,7 +224,19 @@ def test_a_choice_of_a_tool_that_is_nested_as_deep_as_json_can_be_read(served: S
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
 @pytest.mark.parametrize(
-    "field", ["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "logit_bias", "seed", "k", "n"]
+    "field",
+    [
+        "temperature",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "logit_bias",
+        "lenience",
+        "seed",
+        "k",
+        "n",
+    ],
 )
 def test_no_number_is_not_a_number(served: Served, field: str, number: str) -> None:
     body = f'{{"prompt": [1], "{field}": {number}}}'.encode()

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.decoding import drafter
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.text import TextCodec
 from lora_drop_tools.cli import main
 
 from lora_drop_export.check.verify import compare
@@ -38,6 +41,20 @@ def test_the_text_is_the_full_schedules_and_what_was_counted_is_printed(
         assert "tokens per refresh" in counted
         *_, lengths = counted.split("refreshes by accepted drafts: ")
         assert all(int(part.split(": ")[1]) for part in lengths.splitlines()[0].split(", "))  # those that there were
+    assert run("--policy", "lossless", "--lenience", "1")[0] == whole
+
+
+def test_lenience_is_the_sessions(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drafter, "CONFIDENCE", 0.0)  # a random model has less
+    ids = TextCodec.open(bundle / "tokenizer").encode("abcabcab")
+    with Session.open(bundle, policy="lossless", k=3, lenience=1e-6, threads=1) as session:
+        wanted = TextCodec.open(bundle / "tokenizer").decode(session.generate(ids, 24)[0])
+    for lenience, same in (("1e-6", True), ("1", False)):
+        options = ["--policy", "lossless", "--k", "3", "--lenience", lenience, "--threads", "1"]
+        assert main(["generate", str(bundle), "--prompt", "abcabcab", "--max-new-tokens", "24", *options]) == 0
+        assert (capsys.readouterr().out == f"{wanted}\n") == same
 
 
 def test_a_seed_makes_sampling_repeatable(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,6 +82,11 @@ def test_the_steps_of_such_a_bundle_are_compared_one_by_one(bundle: Path) -> Non
         ("--policy backfill --draft both", ("--draft would change nothing", "both", "backfill")),
         ("--policy lossless --draft both --k 0", ("--policy would change nothing",)),
         ("--policy lossless --draft text", ("--draft", "'text'")),
+        ("--lenience 0.5", ("The policy has no drafts", "0.5", "'skip'", "lossless")),
+        ("--policy backfill --lenience 0.5", ("--lenience would change nothing", "0.5", "backfill")),
+        ("--policy lossless --lenience 0.5 --k 0", ("--policy would change nothing",)),
+        ("--policy lossless --lenience 0", ("--lenience is too small", "above 0")),
+        ("--policy lossless --lenience 1.5", ("--lenience is too large", "1.5")),
     ],
 )
 def test_what_would_change_nothing_is_refused(

@@ -128,6 +128,10 @@ def test_table_4(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "bench.json").write_text(json.dumps({"rows": rows, "policy": "skip", "engine": "openvino"}))
     assert main(["eval", str(bundle), "--paper", "table4", "--bench", str(tmp_path / "bench.json")]) == 0
     assert capsys.readouterr().out.splitlines()[5] == "context 4096, batch 1, policy skip, engine openvino"
+    lenient = {"rows": rows, "policy": "lossless", "lenience": 0.3}
+    (tmp_path / "bench.json").write_text(json.dumps(lenient))
+    assert main(["eval", str(bundle), "--paper", "table4", "--bench", str(tmp_path / "bench.json")]) == 0
+    assert capsys.readouterr().out.splitlines()[5] == "context 4096, batch 1, policy lossless, lenience 0.3"
     (tmp_path / "bench.json").write_text(json.dumps({"rows": others}))
     assert main(["eval", str(bundle), "--paper", "table4", "--bench", str(tmp_path / "bench.json")]) == 2
     assert "has other; asked for are tiny" in capsys.readouterr().err

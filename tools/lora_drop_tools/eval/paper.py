@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_drop_runtime.bundle.manifest import Manifest
+from lora_drop_runtime.plan.drafting import said_policy
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import PERIODIC
 
@@ -203,7 +204,8 @@ def latencies(path: Path, names: Sequence[str]) -> list[str]:
             for row in rows
         ]
     headings = ("bundle", "ρ", "k", "p50 ms", "p95 ms", "K/V MiB", "paper's")
-    named = "".join(f", {name} {data[name]}" for name in ("policy", "engine") if data.get(name))
+    said = {"policy": said_policy(data.get("policy", ""), data.get("lenience")), "engine": data.get("engine")}
+    named = "".join(f", {name} {value}" for name, value in said.items() if value)
     where = f"context {context}, batch {batch}{named}"
     lines = [PAPER["table4"].title, "", *table(headings, cells), where]
     if context != CONTEXT:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from lora_drop_runtime.decoding import drafter
 from lora_drop_runtime.decoding.batch import Batch
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
@@ -173,6 +174,25 @@ def test_generation(bundle: Path, open_model: Callable[..., Any]) -> None:
     assert found == [codec.decode(row).split("\n\n")[0] for row in rows]
     model.generate_until([request(2, "x" * 250, options | {"max_gen_toks": 1024})])  # 128 of 256 are the answer's
     assert model.cut == 1
+
+
+def test_texts_are_written_with_the_lenience_and_kept_apart(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_drop_tools.eval.tasks.model import SessionLM
+
+    monkeypatch.setattr(drafter, "CONFIDENCE", 0.0)  # a random model has less
+    codec, engine = TextCodec.open(bundle / "tokenizer"), {"threads": 1}
+    asked = [request(0, "The boat the boat", {"until": [], "max_gen_toks": 20})]
+    found = {}
+    with Session.open(bundle, policy="lossless", threads=1) as session:
+        for lenience in (None, 1e-6):
+            with Writer(bundle, codec, "lossless", lenience=lenience, **engine) as writer:
+                store = Store(tmp_path, {})
+                (found[lenience],) = SessionLM(session, codec, writer, 3, 0, store).generate_until(asked)
+            (row,) = session.generate(codec.encode("The boat the boat"), 20, k=3, lenience=lenience)
+            assert found[lenience] == codec.decode(row)
+    assert found[None] != found[1e-6]
 
 
 def test_answers_are_kept(open_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
