@@ -91,7 +91,7 @@ def scheduled(k: int | str | Schedule, policy: Policy) -> Schedule:
 
 def said_policy(name: str, lenience: float | None) -> str:
     """`lossless`, or `lossless, lenience 0.3`: a policy as results have it."""
-    return name if lenience is None or lenience == 1 else f"{name}, lenience {lenience:g}"
+    return name if lenience is None or lenience == 1 else f"{name}, lenience {float(lenience)!r}"
 
 
 def draft_source(name: Any, policy: Policy, sites: int, lenience: Any = None) -> DraftSource:
