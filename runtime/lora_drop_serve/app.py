@@ -567,8 +567,8 @@ class Service:
     ) -> Response:
         policy = self._policy(body)
         self._check_vocabulary(body.biases, "logit_bias")
-        shared: dict[str, Any] = {"k": body.k, "policy": body.policy, "logprobs": body.likeliest}
-        shared["lenience"] = body.lenience
+        shared: dict[str, Any] = {"k": body.k, "policy": body.policy, "lenience": body.lenience}
+        shared["logprobs"] = body.likeliest
         if body.scores_prompt:
             shared["prompt_logprobs"] = True
         if body.ignore_eos or (body.scores_prompt and body.new_tokens in (0, 1)):
