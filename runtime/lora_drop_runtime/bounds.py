@@ -104,7 +104,9 @@ class Bounds:
                 hint=self.hint,
             )
         self._check(name, value, why, error)  # type: ignore[arg-type]  # a Real compares like a float
-        return float(value)
+        number = float(value)
+        self._check(name, number, why, error)  # a Fraction above 0 may be 0 as a float
+        return number
 
 
 # More only wait for each other; thousands take all memory. 64 leave scripts alone that were written elsewhere

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
-from lora_drop_runtime.bounds import SEED, THREADS, TOP_P, Bounds
+from lora_drop_runtime.bounds import LENIENCE, SEED, THREADS, TOP_P, Bounds
 from lora_drop_runtime.command_line import add_options, check_options, option
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_tools.bench.settings import BenchSettings
@@ -101,6 +102,16 @@ def test_numbers_are_refused(value: Any, fact: str) -> None:
         TOP_P.real("top_p", value)
     assert refused.value.note
     assert refused.value.hint == "Use a number above 0, at most 1."
+
+
+@pytest.mark.parametrize("value", [Fraction(1, 10**400), np.longdouble("1e-4000")])
+def test_what_only_a_wider_type_tells_from_a_bound_is_refused(value: Any) -> None:
+    """As a float it is 0, whose logarithm a lenience has none of."""
+    if not value > 0:
+        pytest.skip("a longdouble is no wider here")
+    with pytest.raises(InputError, match="above 0"):
+        LENIENCE.real("The lenience", value)
+    assert Bounds(0, 1).real("--x", value) == 0
 
 
 def test_a_reason_and_another_error() -> None:
