@@ -195,6 +195,25 @@ def test_texts_are_written_with_the_lenience_and_kept_apart(
     assert found[None] != found[1e-6]
 
 
+def test_scores_are_kept_whatever_the_lenience_and_texts_by_it(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_drop_tools.eval.tasks.model import SessionLM
+
+    codec, ticks = TextCodec.open(bundle / "tokenizer"), list[int]()
+    question, text = request(0, "The boat", " sank"), request(0, "The boat", {"until": [], "max_gen_toks": 2})
+    tick = Batch.tick
+    monkeypatch.setattr(Batch, "tick", lambda batch: ticks.append(len(ticks)) or tick(batch))
+    with Session.open(bundle, policy="lossless", threads=1) as session:
+        for lenience, is_new in ((0.3, True), (0.3, False), (1.0, True), (None, False)):
+            with Writer(bundle, codec, "lossless", lenience=lenience, threads=1) as writer:
+                model, before = SessionLM(session, codec, writer, 3, 0, Store(tmp_path, {})), len(ticks)
+                model.generate_until([text])
+                assert (len(ticks) > before) == is_new, lenience
+                model.loglikelihood([question])
+                monkeypatch.setattr(Session, "prefill", lambda *_, **__: pytest.fail("it was measured again"))
+
+
 def test_answers_are_kept(open_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     options = {"until": ["\n"], "max_gen_toks": 4}
     questions = [request(item, "The boat", " sank") for item in range(3)]

@@ -37,6 +37,7 @@ from lora_drop_tools.shared.progress import Progress
 from .generation import Generation, generation_of
 
 MODEL_NAME = "lora-drop"
+_WRITTEN = "generate"  # the kind of a request for a text
 _LOG = logging.getLogger(__name__)
 
 
@@ -104,7 +105,7 @@ class SessionLM(LM):  # type: ignore[misc] # lm-eval is left untyped
             context, options = request.args[:2]
             generation, repeat = generation_of(options), repeats[id(request)]
             repeats[id(request)] += 1
-            key = self._key("generate", request, (context, options))
+            key = self._key(_WRITTEN, request, (context, options))
             key = (*key, repeat) if generation.draws else key
             keys.append(key)
             if key not in self._store:
@@ -259,7 +260,8 @@ class SessionLM(LM):  # type: ignore[misc] # lm-eval is left untyped
         return int(request.doc_id if places is None else places[request.doc_id])
 
     def _key(self, kind: str, request: Any, question: Any) -> Key:
-        policy = said_policy(self._session.policy, self._writer.lenience) if self._k else "full"
+        lenience = self._writer.lenience if kind == _WRITTEN else None  # scores are the same under any
+        policy = said_policy(self._session.policy, lenience) if self._k else "full"
         return policy, self._k, str(request.task_name), self._item(request), kind, digest(question)
 
     def _what(self, requests: Sequence[Any]) -> str:
