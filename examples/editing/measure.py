@@ -75,6 +75,7 @@ def measure(arguments: Sequence[str]) -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--draft", default="ngram")
     parser.add_argument("--k", default="auto")
+    parser.add_argument("--lenience", type=float, help="of the verification, above 0 and at most 1")
     parser.add_argument("--count", type=int, default=len(ENTRIES), help="the first so many passages")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
@@ -92,7 +93,13 @@ def measure(arguments: Sequence[str]) -> None:
     warnings.simplefilter("ignore")
     rows = []
     with Session.open(
-        options.bundle, policy="lossless", draft=options.draft, k=k, target=options.target, threads=options.threads
+        options.bundle,
+        policy="lossless",
+        draft=options.draft,
+        lenience=options.lenience,
+        k=k,
+        target=options.target,
+        threads=options.threads,
     ) as session:
         codec = TextCodec.open(session.bundle.root / "tokenizer")
         for entry in entries:
@@ -128,9 +135,8 @@ def measure(arguments: Sequence[str]) -> None:
         f"{min(speedups):.2f}×" + (f"; {same} outputs are the full schedule's" if edits else "")
     )
     if options.json is not None:
-        options.json.write_text(
-            json.dumps({"bundle": options.bundle, "draft": options.draft, "rows": rows}, indent=1), encoding="utf-8"
-        )
+        settings = {"bundle": options.bundle, "draft": options.draft, "lenience": options.lenience or 1.0}
+        options.json.write_text(json.dumps({**settings, "rows": rows}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
