@@ -26,7 +26,7 @@ from typing import Any, TextIO
 import numpy as np
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Manifest
-from lora_drop_runtime.command_line import tell
+from lora_drop_runtime.command_line import refuse_unused, tell
 from lora_drop_runtime.decoding.schedules import named_schedule
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
@@ -314,6 +314,26 @@ def _opened(settings: EvalSettings) -> Opened:
     )
 
 
+def _unlenient(settings: EvalSettings, opened: Opened) -> list[str]:
+    """A warning where rows of a lenience have figures that it does not touch: those would say that it costs nothing.
+
+    Raises:
+        InputError: it touches none of them.
+    """
+    if settings.lenience is None:
+        return []
+    scored = [name for name, one in opened.tasks.items() if not one.writes]
+    said = ", ".join([*scored, *(["--text"] if settings.text is not None else [])])
+    if len(scored) == len(opened.tasks):
+        because = f"no task wants a text written; scored as the full schedule does: {said}"
+        refuse_unused(settings, ("lenience",), because, "add a task that does, such as gsm8k")
+    if not said or settings.lenience == 1:
+        return []
+    return [
+        f"--lenience judges drafts of texts that are written. Scored as the full schedule does, whatever it is: {said}"
+    ]
+
+
 def eval(
     bundles: Sequence[str | Path] | str | Path, settings: EvalSettings, *, out: TextIO | None = None
 ) -> EvalResult:
@@ -351,6 +371,7 @@ def eval(
     adaptive = {name: _schedules(bundle, settings) for name, bundle in opened.items()}
     request = text_request(settings)
     opened_tasks = _opened(settings)
+    unlenient = _unlenient(settings, opened_tasks)
     speedups, speed_request = read_speedups(settings.bench_file, list(opened))
     check_results(settings.json_file, KEYS, settings.plots, FIGURES)
     codecs = {name: TextCodec.open(bundle.root / "tokenizer") for name, bundle in opened.items()}
@@ -358,6 +379,7 @@ def eval(
     stores = _open_stores(opened, settings)
 
     result = _new_result(opened, given, settings, speed_request)
+    result.warnings += unlenient
     with connected(settings.ray):
         for (name, bundle), label in zip(opened.items(), settings.labels or opened, strict=True):
             known = codecs[name], stores[name], drawn[name], opened_tasks

@@ -121,6 +121,30 @@ def test_command_on_tasks(
     assert capsys.readouterr().out == printed.out
 
 
+@pytest.mark.parametrize(
+    ("tasks", "lenience", "said"),
+    [
+        ("gsm8k", "0.5", None),
+        ("gsm8k,arc_easy", "1", None),
+        ("gsm8k,arc_easy,biology", "0.5", "arc_easy, mmlu_anatomy, mmlu_virology, --text"),
+        ("arc_easy,wikitext", "0.5", ""),
+    ],
+)
+def test_what_a_lenience_does_not_touch_is_said(
+    tasks: str, lenience: str, said: str | None, bundle: Path, directory: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Scores are the full schedule's, so that rows of any lenience would be without a loss."""
+    (tmp_path / "text.txt").write_text("The boat sank, so he bought a boat. " * 20)
+    options = ["--include-path", str(directory), "--k", "1", "--policy", "lossless", "--threads", "1"]
+    options += ["--text", str(tmp_path / "text.txt"), "--window", "64", "--windows", "1"] if said else []
+    code = main(["eval", str(bundle), "--tasks", tasks, "--lenience", lenience, *options])
+    printed = capsys.readouterr()
+    assert code == (2 if said == "" else 0)
+    assert ("--lenience would change nothing." in printed.err) == (said == "")
+    warned = [line for line in printed.out.splitlines() if line.startswith("warning: --lenience judges")]
+    assert [line.rsplit(": ", 1)[1] for line in warned] == ([said] if said else [])
+
+
 def test_a_larger_limit_measures_only_what_is_new(
     bundle: Path, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,11 @@ class OpenedTask:
     task: Any
     places: tuple[int, ...]
 
+    @property
+    def writes(self) -> bool:
+        """Whether it wants texts written, and not ones of its own scored."""
+        return bool(self.task.OUTPUT_TYPE == "generate_until")
+
 
 @dataclass(frozen=True)
 class OpenedGroup:
