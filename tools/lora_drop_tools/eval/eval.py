@@ -314,7 +314,7 @@ def _opened(settings: EvalSettings) -> Opened:
     )
 
 
-def _unlenient(settings: EvalSettings, opened: Opened) -> list[str]:
+def _lenience_warnings(settings: EvalSettings, opened: Opened) -> list[str]:
     """A warning where rows of a lenience have figures that it does not touch: those would say that it costs nothing.
 
     Raises:
@@ -371,7 +371,7 @@ def eval(
     adaptive = {name: _schedules(bundle, settings) for name, bundle in opened.items()}
     request = text_request(settings)
     opened_tasks = _opened(settings)
-    unlenient = _unlenient(settings, opened_tasks)
+    lenience_warnings = _lenience_warnings(settings, opened_tasks)
     speedups, speed_request = read_speedups(settings.bench_file, list(opened))
     check_results(settings.json_file, KEYS, settings.plots, FIGURES)
     codecs = {name: TextCodec.open(bundle.root / "tokenizer") for name, bundle in opened.items()}
@@ -379,7 +379,7 @@ def eval(
     stores = _open_stores(opened, settings)
 
     result = _new_result(opened, given, settings, speed_request)
-    result.warnings += unlenient
+    result.warnings += lenience_warnings
     with connected(settings.ray):
         for (name, bundle), label in zip(opened.items(), settings.labels or opened, strict=True):
             known = codecs[name], stores[name], drawn[name], opened_tasks
