@@ -58,6 +58,7 @@ def test_models(client: openai.OpenAI, bundle: Bundle) -> None:
     assert client.models.retrieve(model.id).id == model.id
     facts = model.model_extra["lora_drop"]
     assert (facts["k"], facts["policy"], facts["chat"]) == (bundle.manifest.plan.k, "backfill", True)
+    assert facts["lenience"] == 1
 
 
 @pytest.mark.parametrize(
