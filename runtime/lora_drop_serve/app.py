@@ -33,7 +33,7 @@ from lora_drop_runtime.errors import InputError, LoraDropError, counted, one_lin
 from lora_drop_runtime.grammars.call_styles import with_calls_in_texts
 from lora_drop_runtime.grammars.calls import Calls
 from lora_drop_runtime.grammars.grammar import Grammars
-from lora_drop_runtime.plan.drafting import AUTO, VerifiedSchedule
+from lora_drop_runtime.plan.drafting import AUTO, VerifiedSchedule, draft_source
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import AdaptiveSchedule, PeriodicSchedule, Schedule
 from lora_drop_runtime.reasoning import Thoughts, reasoning_style
@@ -522,9 +522,10 @@ class Service:
             schedule = row_schedule(driver.bundle.manifest, driver.schedule, body.k, policy)
         except InputError as error:
             raise refused(error, "policy" if body.k is None else "k") from None
-        if body.lenience is not None and not policy.verifies:
-            said = f"lenience: the policy {policy.name} verifies no drafts. Send policy: lossless, or leave it out."
-            raise ApiError(400, said, param="lenience")
+        try:
+            draft_source(None, policy, len(driver.bundle.manifest.plan.sites), body.lenience)
+        except InputError as error:
+            raise refused(error, "lenience") from None
         scores_context = body.scores_prompt and body.context_tokens is None
         if scores_context and not policy.verifies and schedule != PeriodicSchedule(0):
             said = (

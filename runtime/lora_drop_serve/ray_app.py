@@ -30,6 +30,7 @@ from .app import create_app
 from .driver import Driver
 from .key import usable_key
 from .names import usable_name
+from .requests import within
 
 HEALTH_SECONDS = 2.0  # between two checks of a replica; Ray replaces it after the third that fails
 _REPLICAS = Bounds(0, 10_000)
@@ -84,7 +85,7 @@ class Arguments(BaseModel):
     schedule: str | None = None
     policy: str | None = None
     draft: str | None = None
-    lenience: float | None = Field(None, gt=bounds.LENIENCE.least, le=bounds.LENIENCE.most)
+    lenience: Annotated[float, within(bounds.LENIENCE)] | None = None
     target: str | None = None
     provider: str | None = None
     threads: int | None = _within(bounds.THREADS)

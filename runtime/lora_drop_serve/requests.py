@@ -238,7 +238,7 @@ class Request(StrictModel):
     stream: bool | None = None
     k: Annotated[int, within(bounds.K)] | Literal["auto"] | None = None
     policy: Text | None = None
-    lenience: Annotated[float, Field(gt=bounds.LENIENCE.least, le=bounds.LENIENCE.most)] | None = None
+    lenience: Annotated[float, within(bounds.LENIENCE)] | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -342,10 +342,7 @@ class Batch:
             k, name = named_schedule(manifest, schedule, k, policy, (periodic, self._policy.name))
             verifier = checked_policy(self.bundle, name)
         chosen = row_schedule(manifest, self._schedule, k, verifier)
-        if verifier.verifies:
-            draft = self._source.name if draft is None else draft
-            lenience = self._source.lenience if lenience is None else lenience
-        source = draft_source(draft, verifier, len(manifest.plan.sites), lenience)
+        source = draft_source(draft, verifier, len(manifest.plan.sites), lenience, self._source)
         scores = checks.flag("prompt_logprobs", prompt_logprobs)
         context = checks.checked_context(context_tokens, len(prompt), scores)
         context = len(prompt) if verifier.verifies else context

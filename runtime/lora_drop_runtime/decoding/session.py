@@ -285,7 +285,8 @@ class Session:
         options = checks.checked_sampling(sampling, manifest.model.vocab_size)
         checks.check_constraint(constraint)
         max_new_tokens = whole_number("The number of new tokens", max_new_tokens, "Use for example max_new_tokens=64.")
-        source = self._source if draft is None and lenience is None else self._asked_source(draft, lenience)
+        checks.check_name("The draft", draft, 'Use for example draft="ngram".')
+        source = draft_source(draft, self._policy, len(manifest.plan.sites), lenience, self._source)
         schedule = self.schedule if k is None else scheduled(k, self._policy)
         if isinstance(schedule, PeriodicSchedule) and manifest.model.recurrent_layers:
             checks.check_lora_steps(min(schedule.k, max_new_tokens - 1), MOST_PENDING)
@@ -356,14 +357,6 @@ class Session:
         finally:
             if not is_over and self._request is request:  # the caches may be ahead of what was told
                 request.take_back(told)
-
-    def _asked_source(self, draft: str | None, lenience: float | None) -> DraftSource:
-        """A request's; what it does not say is the session's."""
-        checks.check_name("The draft", draft, 'Use for example draft="ngram".')
-        if self._policy.verifies:
-            draft = self._source.name if draft is None else draft
-            lenience = self._source.lenience if lenience is None else lenience
-        return draft_source(draft, self._policy, len(self.bundle.manifest.plan.sites), lenience)
 
     def statistics(self) -> Statistics | None:
         """What the latest request has counted so far, where its refreshes verify drafts; else None, as for k = 0."""

@@ -94,12 +94,15 @@ def said_policy(name: str, lenience: float | None) -> str:
     return name if lenience is None or lenience == 1 else f"{name}, lenience {float(lenience)!r}"
 
 
-def draft_source(name: Any, policy: Policy, sites: int, lenience: Any = None) -> DraftSource:
-    """Where drafts come from; what suits the bundle when None.
+def draft_source(
+    name: Any, policy: Policy, sites: int, lenience: Any = None, usual: DraftSource | None = None
+) -> DraftSource:
+    """Where drafts come from; what is usual when None, or suits the bundle.
 
     Args:
         sites: that the bundle drops.
-        lenience: above 0; 1, which accepts what the full schedule chooses, when None.
+        lenience: above 0; what is usual when None, or 1, which accepts what the full schedule chooses.
+        usual: of who asks for nothing else, where the policy has drafts.
 
     Raises:
         InputError: there is none of that name, the policy has no drafts, or the bundle makes none of that kind; the
@@ -116,11 +119,12 @@ def draft_source(name: Any, policy: Policy, sites: int, lenience: Any = None) ->
                 note=f"{what} is {given!r}, the policy {policy.name!r}, which verifies none.",
                 hint=f"Leave {what} out, or use the policy lossless.",
             )
-    source = DRAFTS[name or ("lora" if sites else "ngram")]
+    usual = usual if usual is not None and policy.verifies else DRAFTS["lora" if sites else "ngram"]
+    source = DRAFTS[name or usual.name]
     if source.runs_lora_steps and not sites:
         raise InputError(
             "The bundle makes no drafts of that kind.",
             note=f"draft is {name!r}, which takes LoRA steps, and the bundle drops no layer.",
             hint="Use the draft ngram, or export with a drop list.",
         )
-    return source if lenience is None else replace(source, lenience=lenience)
+    return replace(source, lenience=usual.lenience if lenience is None else lenience)

@@ -168,6 +168,7 @@ def _new_result(bundles: Mapping[str, Bundle], settings: BenchSettings, target: 
     """What is known before anything is measured."""
     manifest = next(iter(bundles.values())).manifest
     policy = policy_named(settings.policy or manifest.plan.policy)
+    source = draft_source(settings.draft, policy, len(manifest.plan.sites), settings.lenience)
     return BenchResult(
         command=said_command(sys.argv),
         begun=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -180,8 +181,8 @@ def _new_result(bundles: Mapping[str, Bundle], settings: BenchSettings, target: 
         repeats=settings.repeats,
         new_tokens=settings.new_tokens,
         policy=policy.name,
-        draft=draft_source(settings.draft, policy, len(manifest.plan.sites)).name if policy.verifies else "",
-        lenience=settings.lenience or 1.0,
+        draft=source.name if policy.verifies else "",
+        lenience=source.lenience,
         bundles={name: {"sites": list(bundle.manifest.plan.sites)} for name, bundle in bundles.items()},
     )
 

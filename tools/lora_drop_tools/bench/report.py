@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lora_drop_runtime.plan.drafting import said_policy
 from lora_drop_runtime.plan.schedule import PERIODIC
 from lora_drop_runtime.plan.sites import listed
 
@@ -206,9 +207,7 @@ def describe(result: BenchResult) -> list[str]:
         f"others     {_others(result.foreign_cores)}",
         f"reading    {result.bandwidth.describe()}" if result.bandwidth else "reading    not measured: not on the CPU",
         f"requests   {result.new_tokens} new tokens, {result.repeats} repeats, all in turn; medians over the repeats; "
-        f"policy {result.policy}"
-        + (f", drafts {result.draft}" if result.draft else "")
-        + (f", lenience {result.lenience:g}" if result.lenience < 1 else ""),
+        f"policy {said_policy(result.policy, result.lenience)}" + (f", drafts {result.draft}" if result.draft else ""),
         *(f"bundle     {name}: {_bundle(entry)}" for name, entry in result.bundles.items()),
     ]
     for context, rows in dict.fromkeys((row.context, row.rows) for row in result.rows):

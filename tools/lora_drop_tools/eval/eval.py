@@ -153,7 +153,7 @@ def _measure_tasks(
 
     found: dict[int, dict[str, Measured]] = {k: {} for k in ks}
     places = {name: one.places for name, one in opened.tasks.items()}
-    lenience = settings.lenience_under(POLICIES[session.policy])
+    lenience = settings.lenience_under(session.policy)
     engine = settings.target, settings.provider, settings.threads, lenience
     with Writer(session.bundle.root, codec, session.policy, *engine) as writer:
         for name, one in opened.tasks.items():
@@ -270,7 +270,7 @@ def _measure(
         spread = opened.enter_context(Spread(bundle, policy, settings)) if settings.ray else None
         sums = _measure_text(session, work.windows, [*ks, *schedules], work.store, spread) if work.windows else {}
         measured = _measure_tasks(session, work.codec, work.opened, ks, settings, work.store, spread)
-    rows, lenience = [], settings.lenience_under(POLICIES[policy])
+    rows, lenience = [], settings.lenience_under(policy)
     for k in ks:
         full = measured[0] if k else {}
         found = {task: task_figures(measured[k][task], full.get(task), seed) for task in work.opened.tasks}

@@ -9,7 +9,7 @@ from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.policy import POLICIES, Policy
+from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import ADAPTIVE, PERIODIC, SCHEDULES
 
 from lora_drop_tools.eval.paper import PAPER
@@ -275,9 +275,9 @@ class EvalSettings:
             return None
         return (self.aim[0] if len(self.aim) == 1 else self.aim[place]) / 100
 
-    def lenience_under(self, policy: Policy) -> float | None:
+    def lenience_under(self, policy: str) -> float | None:
         """None where it is that of the full schedule."""
-        return self.lenience if policy.verifies else None
+        return self.lenience if POLICIES[policy].verifies else None
 
     @property
     def window_tokens(self) -> int:

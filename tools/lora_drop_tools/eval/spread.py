@@ -18,7 +18,6 @@ from typing import Any
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import BundleError, InputError, LoraDropError, first_line
-from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.text import TextCodec
 
 from .scoring import Row, Score, Sums, Window, WindowK, score, score_windows
@@ -137,7 +136,7 @@ class Spread:
         if min(free, largest) < each:
             raise _no_room(f"One takes {each} {name}; {free:g} are free, the largest node has {largest:g}.")
         worker = ray.remote(_Worker).options(**{f"num_{name.lower()}s": each})
-        lenience = settings.lenience_under(POLICIES[policy])
+        lenience = settings.lenience_under(policy)
         given = bundle.root.absolute(), policy, settings.target, settings.provider, settings.threads, lenience
         # No more than its nodes have places; one that others have taken meanwhile is never ready, and gets no batch
         places = sum(int(has // each) for has in nodes)
