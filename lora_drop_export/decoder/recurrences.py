@@ -254,7 +254,7 @@ def _through_interface(mixer: type[Any]) -> Any:
                 step = step.clamp(least, most)
             decay, convolution = step * -self.A_log.float().exp(), self.conv1d
             call = RecurrenceCall(self, x, decay, step, convolution.weight, convolution.bias, _form(self), self.D)
-            mixed = attention_function(self.config._attn_implementation)(call)
+            mixed = attention_function(self.config._attn_implementation)(call).to(hidden_states.dtype)
             norm = getattr(self, "norm", None)
             if norm is None or isinstance(norm, torch.nn.Identity):  # of a Falcon H1 without
                 return self.out_proj(mixed * torch.nn.functional.silu(gate))
@@ -265,7 +265,7 @@ def _through_interface(mixer: type[Any]) -> Any:
             x, gate, b, decay = _projected(self, hidden_states)
             beta, form = b.sigmoid() * (2.0 if getattr(self, "allow_neg_eigval", False) else 1.0), _form(self)
             call = RecurrenceCall(self, x, decay, beta, self.conv1d.weight, self.conv1d.bias, form)
-            mixed = attention_function(self.config._attn_implementation)(call)
+            mixed = attention_function(self.config._attn_implementation)(call).to(hidden_states.dtype)
             heads = (*mixed.shape[:2], form.heads, form.value_dim)
             norm, project = (self.norm, self.out_proj) if hasattr(self, "out_proj") else (self.o_norm, self.o_proj)
             return project(norm(mixed.reshape(heads), gate.reshape(heads)).flatten(2))

@@ -20,7 +20,7 @@ from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout
 from transformers import PreTrainedModel
 
-from tests.export.test_recurrences import falcon_h1, granite_hybrid, nemotron_h
+from tests.export.test_recurrences import OTHERS, falcon_h1, granite_hybrid, nemotron_h
 from tests.support import oracle
 from tests.support.covering import covering_array
 from tests.support.models import (
@@ -35,6 +35,8 @@ from tests.support.models import (
     gemma4_experts,
     gpt_neo,
     gptj,
+    quartered,
+    qwen3_5,
     stablelm_parallel,
 )
 
@@ -163,6 +165,19 @@ def test_mamba(name: str, policy: str, sites: tuple[str, ...]) -> None:
     layers, windowed = {"nemotron_h": (6, (0, 4)), "falcon_h1": (4, (0, 1, 2, 3))}.get(name, (4, (0, 1, 3)))
     plan = DropPlan(layers, sites, windowed_layers=windowed, rank=3, policy=policy, always_last=0, always_first=0)
     assert_as_the_oracle(name, plan, policy, 3)
+
+
+@pytest.mark.parametrize("make", [qwen3_5, *OTHERS])
+def test_recurrent_states_in_half_precision(make: Callable[[], PreTrainedModel]) -> None:
+    """Rules are in float32, products in the model's dtype; rounding costs about what it costs transformers' own."""
+    model, ids = quartered(make()), torch.randint(0, 131, (2, 17), generator=torch.Generator().manual_seed(3))
+    low = copy.deepcopy(model).bfloat16()
+    with torch.no_grad():
+        wanted, theirs = (one(ids, use_cache=False).logits.float() for one in (model, low))
+        forcing = TeacherForcing(low)
+        assert len(forcing.windows()) == len(forcing)
+        ours = forcing.logits(forcing.exact(ids)[-1].output)
+    assert (ours.float() - wanted).abs().max() < 3 * (theirs - wanted).abs().max()
 
 
 def test_layers_that_need_more_than_the_stream_are_refused() -> None:
