@@ -59,7 +59,7 @@ def _check_addable(bundle: Bundle, targets: Sequence[str], options: ExportOption
     model, by_channel = manifest.model, manifest.quantization.get("block_size") == CHANNEL
     check_formats(targets, model.weight_dtype, model.kv_dtype, model.dtype, root, by_channel=by_channel)
     if model.recurrence is not None:
-        check_recurrent(targets, model.dtype, model.kv_dtype, model.recurrence.decays > 1)
+        check_recurrent(targets, model.dtype, model.kv_dtype)
     if manifest.model.kv_dtype is not None:
         head_dims = frozenset(one.head_dim for one in manifest.model.heads if one != NO_HEADS)
         fills, convolves = manifest.plan.refresh_policy.fills, bool(manifest.model.convolutions)

@@ -33,7 +33,6 @@ from lora_drop_export.decoder.context import (
     CONVOLUTION,
     RECURRENT,
     convolution_window,
-    has_row_decays,
     is_recurrent,
     recurrence_window,
     window_within,
@@ -298,7 +297,7 @@ def check_before_trace(
     check_drop_list(options.drop_list_fingerprint, checkpoint.name, fingerprint)
     if is_recurrent(config):
         targets = [name for name in options.targets if name != NO_TARGET]
-        check_recurrent(targets, dtype, options.kv_dtype, has_row_decays(config))
+        check_recurrent(targets, dtype, options.kv_dtype)
         if options.k > MOST_PENDING:
             raise too_many_lora_steps(options.k)
     windows, width = windows_of_config(config), getattr(config, "hidden_size", None)

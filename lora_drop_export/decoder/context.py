@@ -13,7 +13,6 @@ CONVOLUTION = "conv"  # type of a layer with a short convolution, in `layer_type
 RECURRENT = ("linear_attention", "mamba", "hybrid")  # the same of those with a recurrent state
 _MLPS = ("mlp", "moe")  # and of one that is an MLP alone, in families whose layers are halves of others'
 _HALVES = ("nemotron_h",)  # these families
-_ROW_DECAYS = ("kimi_linear", "bailing_hybrid")  # the rows of a state decay each by themselves
 _TAPS = ("linear_conv_kernel_dim", "mamba_d_conv", "conv_kernel")
 _MOST = 2**63 - 1  # of a manifest
 
@@ -69,11 +68,6 @@ def recurrence_window(config: Any) -> int:
 def is_recurrent(config: Any) -> bool:
     """Whether layers have a recurrent state."""
     return not {*RECURRENT}.isdisjoint(getattr(config, "layer_types", None) or ())
-
-
-def has_row_decays(config: Any) -> bool:
-    """Whether the rows of recurrent states decay each by themselves."""
-    return config.model_type in _ROW_DECAYS and is_recurrent(config)
 
 
 def is_mlp(config: Any, layer: int) -> bool:

@@ -60,7 +60,6 @@ class Target(Protocol):
         cache_dtypes: of K/V caches of 8 bits → those of activations beside which it takes them.
         scales_per_head: those caches have a scale for each head; else one for each channel is the better for it.
         recurs: it runs layers with a recurrent state, in float32.
-        row_decays: of those also the ones whose rows decay each by themselves.
     """
 
     name: str
@@ -72,7 +71,6 @@ class Target(Protocol):
     cache_dtypes: Mapping[str, tuple[str, ...]]
     scales_per_head: bool
     recurs: bool
-    row_decays: bool
 
     def check(self, options: TargetOptions, targets: Sequence[str]) -> None:
         """Refuse, before anything long begins, options that it cannot build with, or that it alone has where it is not
@@ -135,13 +133,12 @@ TARGETS: dict[str, Target] = {
 }
 
 
-def check_recurrent(targets: Sequence[str], dtype: str, kv_dtype: str | None, row_decays: bool) -> None:
+def check_recurrent(targets: Sequence[str], dtype: str, kv_dtype: str | None) -> None:
     """Refuse what does not go with layers that have a recurrent state.
 
     Args:
         dtype: of activations.
         kv_dtype: of caches of 8 bits.
-        row_decays: whether the rows of a state decay each by themselves.
 
     Raises:
         InputError: it does not.
@@ -152,13 +149,6 @@ def check_recurrent(targets: Sequence[str], dtype: str, kv_dtype: str | None, ro
             raise InputError(
                 f"Target {name} does not run layers with a recurrent state.",
                 note=f"The model's linear attention has one; {', '.join(able)} runs it.",
-                hint=f"Use --target {' or '.join(able)}.",
-            )
-        if row_decays and not TARGETS[name].row_decays:
-            able = [other for other, target in TARGETS.items() if target.row_decays]
-            raise InputError(
-                f"Target {name} does not run the model's recurrent states.",
-                note=f"Each of their rows decays by itself, as in Kimi Linear; {', '.join(able)} runs them.",
                 hint=f"Use --target {' or '.join(able)}.",
             )
     if dtype != "float32":

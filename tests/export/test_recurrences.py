@@ -32,10 +32,9 @@ from transformers import PreTrainedModel
 
 from lora_drop_export.check.verify import compare
 from lora_drop_export.checkpoint.open import open_checkpoint
-from lora_drop_export.decoder.context import has_row_decays, is_mlp
+from lora_drop_export.decoder.context import is_mlp
 from lora_drop_export.decoder.recurrences import exchange_recurrences
 from lora_drop_export.decoder.trace import trace
-from lora_drop_export.targets.target import check_recurrent
 from tests.export.test_against_oracle import PROMPTS, assert_same_run
 from tests.runtime.decoding.test_batch import interrupted
 from tests.support import oracle
@@ -203,10 +202,9 @@ def test_attention_with_a_gate(policy: str, tmp_path: Path) -> None:
 def test_other_family(make: Any, tmp_path: Path) -> None:
     source, sites = traced(make), ("0", "2", "3") if make in OF_HALVES else ("0", "2.attn", "3.mlp")
     options = ANY | {"drop_layers": sites, "policy": "backfill", "rank": 2, "k": 2}
-    targets = TARGETS[:1] if make in KIMI else TARGETS
-    bundle = make_adapted_bundle(source, tmp_path, targets=targets, **options)
+    bundle = make_adapted_bundle(source, tmp_path, targets=TARGETS, **options)
     plan = oracle_plan(bundle, tmp_path / "adapters")
-    for target in targets:
+    for target in TARGETS:
         with Session.open(bundle.root, target=target, threads=1) as session:
             for prompts in (PROMPTS, LONG):
                 assert_same_run(session, source.model, plan, prompts, 2)
@@ -239,13 +237,6 @@ def test_a_form_that_is_not_known() -> None:
     del model.model.layers[0].linear_attn.conv1d
     with pytest.raises(ModelError, match="have a form that is not known"):
         exchange_recurrences(model)
-
-
-def test_rows_that_decay_by_themselves() -> None:
-    for make in (*KIMI, qwen3_5):
-        refused = pytest.raises(InputError, match="Target openvino does not run the model's recurrent states")
-        with refused if make in KIMI else contextlib.nullcontext():
-            check_recurrent(["ort", "openvino"], "float32", None, has_row_decays(make().config))
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def _lower_one(
     directed = ir.node("Directions", given, attributes, domain=DOMAIN, num_outputs=5)
     ops.nodes.append(directed)
     of_heads = [form.key_heads, form.key_dim], [form.key_heads, form.key_dim], [form.heads, form.value_dim]
-    for value, shape in zip(directed.outputs, (*of_heads, [form.heads], [form.heads]), strict=True):
+    for value, shape in zip(directed.outputs, (*of_heads, [form.heads * form.decays], [form.heads]), strict=True):
         value.type, value.shape = _FLOAT, ir.Shape(["run", *shape])
 
     prefix = DROPPED_TABLE if dropped else ""
@@ -95,7 +95,6 @@ def lower_recurrences(graph: ir.Graph, plan: DropPlan, form: Recurrence | None) 
     """All of a graph in [batch, sequence], and the inputs and outputs that they need."""
     if form is None:
         return
-    assert form.decays == 1, form  # check_recurrent
     found = recurrences(graph)
     dropped = {one.layer for one in found} & set(plan.dropped_attentions)
     shapes: dict[str, list[int | str | None]] = {"mixed": [form.taps, "run"]}

@@ -31,7 +31,6 @@ class OpenVinoTarget:
     cache_dtypes: Mapping[str, tuple[str, ...]] = MappingProxyType({"int8": ("float32",)})
     scales_per_head = False
     recurs = True
-    row_decays = False
 
     def check(self, options: object, targets: Sequence[str]) -> None:
         """Nothing of the options is its own; verification runs on OpenVINO."""

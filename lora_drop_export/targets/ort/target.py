@@ -48,7 +48,6 @@ class OrtTarget:
     cache_dtypes: Mapping[str, tuple[str, ...]] = MappingProxyType({"int8": MODEL_DTYPES})
     scales_per_head = False
     recurs = True
-    row_decays = True
 
     def check(self, options: object, targets: Sequence[str]) -> None:
         """Nothing of the options is its own; lowering computes with ONNX Runtime, and verification runs on it."""

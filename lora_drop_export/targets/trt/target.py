@@ -127,7 +127,6 @@ class TrtTarget:
     cache_dtypes: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     scales_per_head = True
     recurs = False
-    row_decays = False
 
     def form(self, options: TrtOptions) -> str:
         return options.attention or self.default_form

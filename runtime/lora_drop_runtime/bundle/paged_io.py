@@ -69,8 +69,8 @@ DOMAIN = "lora_drop"
 #   Convolution     gate [T, d], the halves of x [T, d/2] ×2, the output of PagedAttention, which writes the caches,
 #                   earlier [T, K − 1, d], those places, taps [d, 1, K] [, bias [d]]
 #   Directions      entries [1, T, E], those before [M, E], mixed [K, N], taps [W, 1, K] [, bias [W]]; rule, heads,
-#                   key_heads, key_dim, value_dim (bundle/graph_io.py): gives q, k [N, Hk, Dk], v [N, H, Dv], decays and
-#                   β [N, H]
+#                   key_heads, key_dim, value_dim (bundle/graph_io.py): gives q, k [N, Hk, Dk], v [N, H, Dv], decays
+#                   [N, H] or of each row of a state [N, H·Dk], and β [N, H]
 #   DeltaRule       those five, states, grid: gives [N, H, Dv] and what becomes of the states
 #   SelectiveRule   those five, states, the tables behind `begins`, A [H], of which decays are the multiple β: gives
 #                   [N, H, Dv]

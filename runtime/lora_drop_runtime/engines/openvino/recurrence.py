@@ -69,9 +69,10 @@ def directions(node: Node, widened: Callable[[Any], Any]) -> list[Output]:
             for part in (query, key)
         )
     value = _swish(op.reshape(value, ints([-1, heads, value_dim]), False))
-    own = []
-    for begin in (width, width + heads):
-        column = op.slice(both, ints([begin]), ints([begin + heads]), ints([1]), ints([1]))
+    own, begin = [], width
+    for count in (size - width - heads, heads):  # decays are one for each head, or for each row of its state
+        column = op.slice(both, ints([begin]), ints([begin + count]), ints([1]), ints([1]))
+        begin += count
         own.append(op.gather(column, rows[-1], ints(0)))
     return [part.output(0) for part in (query, key, value, *own)]
 
@@ -135,10 +136,11 @@ class _Loop:
 
 def delta_rule(node: Node) -> list[Output]:
     """The operator `DeltaRule` (bundle/paged_io.py), as a loop in the form of which the plugin makes one kernel
-    (fuse_gated_delta_net.cpp)."""
+    (fuse_gated_delta_net.cpp). Where each row of a state has a decay of its own, it runs as a loop."""
     query, key, value, decay, beta, states, grid = (node.get_input(n) for n in range(node.get_input_size()))
     heads, key_dim, value_dim = (states.get_partial_shape()[n].get_length() for n in (1, 2, 3))
     key_heads = key.get_partial_shape()[1].get_length()
+    each = [key_dim] if decay.get_partial_shape()[1].get_length() > heads else []  # decays of a head
 
     def heads_first(x: Any, count: int, *size: int) -> Any:
         """[B, H, L, ..] of [N, ..], with a head of keys for each of values."""
@@ -150,16 +152,21 @@ def delta_rule(node: Node) -> list[Output]:
         return op.transpose(x, ints([0, 2, 1, 3] if size else [0, 2, 1]))
 
     query, key = (heads_first(x, key_heads, key_dim) for x in (query, key))
-    value, decay, beta = heads_first(value, heads, value_dim), heads_first(decay, heads), heads_first(beta, heads)
+    value, decay, beta = (
+        heads_first(value, heads, value_dim),
+        heads_first(decay, heads, *each),
+        heads_first(beta, heads),
+    )
     root = op.power(op.convert(op.gather(op.shape_of(query), ints(3), ints(0)), "f32"), _constant(0.5))
     loop = _Loop(2, value)
     q, k = (op.parameter([-1, heads, 1, key_dim], np.float32) for _ in range(2))
     v = op.parameter([-1, heads, 1, value_dim], np.float32)
-    g, b = (op.parameter([-1, heads, 1], np.float32) for _ in range(2))
+    g, b = (op.parameter([-1, heads, 1, *of], np.float32) for of in (each, []))
     inside = op.parameter([-1, heads, key_dim, value_dim], np.float32)
     out = op.parameter([-1, heads, -1, value_dim], np.float32)
     k_column, q_column = (op.unsqueeze(op.squeeze(one, ints([2])), ints([-1])) for one in (k, q))
-    gated = op.multiply(inside, op.unsqueeze(op.exp(g), ints([-1])))
+    left_of = op.squeeze(op.exp(g), ints([2])) if each else op.exp(g)  # [B, H, Dk or 1]
+    gated = op.multiply(inside, op.unsqueeze(left_of, ints([-1])))
     known = op.reduce_sum(op.multiply(gated, k_column), ints([-2]), False)
     change = op.multiply(op.subtract(op.squeeze(v, ints([2])), known), b)
     after = op.add(gated, op.multiply(k_column, op.unsqueeze(change, ints([-2]))))
