@@ -109,7 +109,7 @@ class RecurrenceCall:
         return state + k[..., None] * change[..., None, :]
 
     def mixed(self, key: Any, value: Any, seen: Any) -> Any:
-        """[B, S, H·Dv], of entries.
+        """[B, S, H·Dv] in the dtype of `x`, of entries.
 
         Args:
             key: [B, 1, C, E].
@@ -152,7 +152,7 @@ class RecurrenceCall:
                 after[token], result[token] = moved[:, n], out[:, n]
             gone = set(ready)
             todo = [token for token in todo if token not in gone]
-        return torch.stack(result, dim=1).reshape(batch, len(seen), -1)
+        return torch.stack(result, dim=1).reshape(batch, len(seen), -1).to(self.x.dtype)
 
     def _first_states(self, entries: Any, counts: set[int]) -> dict[int, Any]:
         """The states [B, H, Dk, Dv] that the first so many entries leave."""
@@ -254,7 +254,7 @@ def _through_interface(mixer: type[Any]) -> Any:
                 step = step.clamp(least, most)
             decay, convolution = step * -self.A_log.float().exp(), self.conv1d
             call = RecurrenceCall(self, x, decay, step, convolution.weight, convolution.bias, _form(self), self.D)
-            mixed = attention_function(self.config._attn_implementation)(call).to(hidden_states.dtype)
+            mixed = attention_function(self.config._attn_implementation)(call)
             norm = getattr(self, "norm", None)
             if norm is None or isinstance(norm, torch.nn.Identity):  # of a Falcon H1 without
                 return self.out_proj(mixed * torch.nn.functional.silu(gate))
@@ -265,7 +265,7 @@ def _through_interface(mixer: type[Any]) -> Any:
             x, gate, b, decay = _projected(self, hidden_states)
             beta, form = b.sigmoid() * (2.0 if getattr(self, "allow_neg_eigval", False) else 1.0), _form(self)
             call = RecurrenceCall(self, x, decay, beta, self.conv1d.weight, self.conv1d.bias, form)
-            mixed = attention_function(self.config._attn_implementation)(call).to(hidden_states.dtype)
+            mixed = attention_function(self.config._attn_implementation)(call)
             heads = (*mixed.shape[:2], form.heads, form.value_dim)
             norm, project = (self.norm, self.out_proj) if hasattr(self, "out_proj") else (self.o_norm, self.o_proj)
             return project(norm(mixed.reshape(heads), gate.reshape(heads)).flatten(2))
