@@ -624,7 +624,9 @@ def test_two_processes_learn_what_one_does(model_dir: Path, words: Path, tmp_pat
         np.testing.assert_allclose(one[name], two[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("signalled", [KeyboardInterrupt, SystemExit])
 def test_an_interrupted_fit_can_be_resumed(
+    signalled: type[BaseException],
     model_dir: Path,
     words: Path,
     tmp_path: Path,
@@ -639,11 +641,11 @@ def test_an_interrupted_fit_can_be_resumed(
     def interrupted(*args, **kwargs):
         calls.append(1)
         if len(args) > 6 and len(calls) > 2 + 2 + 3:
-            raise KeyboardInterrupt
+            raise signalled
         return genuine(*args, **kwargs)
 
     monkeypatch.setattr(module, "run_batch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(signalled):
         run_fit(model_dir, words, tmp_path / "a", drop_layers=(3, 5), steps=4)
     assert not (tmp_path / "a").exists()
     assert (tmp_path / "a.partial").is_dir()

@@ -154,7 +154,7 @@ def _fit_loaded(
         except Diverged:  # it would again; after any other error --resume goes on
             partial.remove()
             raise
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C and SIGTERM
             console.say(f"the same command with --resume goes on from what {partial.root} has")
             raise
         kept, pairs = better(work, pairs, learned)
