@@ -53,7 +53,7 @@ class LoadedModel:
         """Token ids int64 [T] without special tokens.
 
         Raises:
-            InputError: there is no tokenizer.
+            InputError: there is no tokenizer, or it has tokens that the model does not.
         """
         if self.tokenizer is None:
             raise InputError(
@@ -66,8 +66,16 @@ class LoadedModel:
         import torch
 
         with refused("The checkpoint's tokenizer cannot be used.", self.name):
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            return torch.tensor(ids, dtype=torch.int64)
+            listed = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = torch.tensor(listed, dtype=torch.int64)
+        known = self.model.get_input_embeddings().weight.shape[0]
+        if len(unknown := ids[ids >= known]):
+            raise InputError(
+                "The text has a token that the model does not know.",
+                note=f"It is {int(unknown[0])}, the model has 0 to {known - 1}.",
+                hint=f"Use the tokenizer that {self.name} was trained with, or leave this token out of the text.",
+            )
+        return ids
 
 
 def _no_device(device: str, reason: str) -> InputError:

@@ -94,6 +94,30 @@ def test_layers_that_take_the_k_and_v_of_others(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["fit", "profile"])
+@pytest.mark.parametrize("last", [130, 131])
+def test_tokens_that_the_model_does_not_have(
+    command: str, last: int, model: Path, text: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """A tokenizer may have more than the embedding. The last one that the model has is fine."""
+    monkeypatch.setattr("lora_drop_export.decoder.loaded.resolve_tensors", fail)
+    described = json.loads((model / "tokenizer.json").read_text())
+    described["model"]["vocab"]["w131"] = 131
+    (model / "tokenizer.json").write_text(json.dumps(described))
+    text.write_text(f"w1 w2 w{last} " * 500, encoding="utf-8")
+    sizes = ["--window", "32"] + (["--tokens", "64", "--sensitivity-tokens", "32"] if command == "profile" else [])
+    line = [command, str(model), "--text", str(text), "--out", str(text.with_name("out")), *sizes]
+    if last == 130:
+        with pytest.raises(pytest.fail.Exception, match="the work began"):
+            main(line)
+        return
+    assert main(line) == 2
+    error = capsys.readouterr().err
+    for word in ("a token that the model does not know", "\nNote: It is 131, the model has 0 to 130.", "\nHint: "):
+        assert word in error
+    assert not text.with_name("out").exists()
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
