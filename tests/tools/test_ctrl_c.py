@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.text import TextCodec
 from lora_drop_tools.cli import main
 
 from tests.support.bundles import make_bundle, record_again
@@ -55,6 +59,27 @@ def test_a_reply_of_chat(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr("sys.stdin", io.StringIO("ab\ncd\n"))
     assert main(["chat", str(bundle), "--threads", "1"]) == 0
     assert "interrupted" not in capsys.readouterr().err
+
+
+def test_a_question_of_chat_whose_reply_has_not_begun(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is dropped, and the chat goes on as if it had not been asked."""
+    genuine, asked = TextCodec.encode_chat, list[list[str]]()
+
+    def encode_chat(self: TextCodec, messages: Sequence[dict[str, Any]], **options: Any) -> npt.NDArray[np.int64]:
+        asked.append([message["content"] for message in messages if message["role"] == "user"])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return genuine(self, messages, **options)
+
+    monkeypatch.setattr(TextCodec, "encode_chat", encode_chat)
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\ncd\nef\n"))
+    assert main(["chat", str(bundle), "--threads", "1", "--max-new-tokens", "3"]) == 0
+    assert asked == [["ab"], ["ab", "cd"], ["ab", "ef"]]
+    said = capsys.readouterr()
+    assert said.out.endswith("\n")
+    assert "interrupted" not in said.err
 
 
 @pytest.mark.parametrize(("key", "code"), [(KeyboardInterrupt, 130), (EOFError, 0)], ids=["Ctrl-C", "Ctrl-D"])

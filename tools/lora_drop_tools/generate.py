@@ -469,6 +469,11 @@ def chat(bundle: str | Path, settings: ChatSettings, *, system: str | None = Non
                 messages.pop()
                 _drop_question(error)
                 continue
+            except KeyboardInterrupt:  # before the reply began
+                messages.pop()
+                forget_signals()
+                tell("", sys.stdout)
+                continue
             room = limits.max_seq_len - len(ids)
             fitting = dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens or REPLY_TOKENS, room))
             thoughts = codec.thoughts(ids) if constraint is None else None
