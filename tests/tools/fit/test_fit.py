@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import math
+import os
 import shutil
 import signal
 import socket
@@ -30,6 +31,7 @@ from lora_drop_tools.cli import main
 from lora_drop_tools.fit.distill import DistillOptions, Divergence, Workers, _rate, distill, run_batch
 from lora_drop_tools.fit.fit import fit
 from lora_drop_tools.fit.learner import Learner, apart, together, unfolded
+from lora_drop_tools.fit.partial import Partial, check_place
 from lora_drop_tools.fit.settings import FitSettings
 from lora_drop_tools.fit.stages import Report
 from lora_drop_tools.teacher_forcing.closed_form import Moments, Site, balanced, batches_of, solve, walk
@@ -662,6 +664,29 @@ def test_an_interrupted_fit_can_be_resumed(
     assert not (tmp_path / "a.partial").exists()
     assert result.stages["distillation"] == pytest.approx(whole.stages["distillation"], rel=1e-5)
     assert len(result.losses) == 4
+
+
+@pytest.mark.parametrize("removed", range(4))
+def test_a_fit_that_is_killed_as_it_forgets_its_states(
+    removed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left is known as an unfinished fit, which --force replaces."""
+    partial = Partial(tmp_path / "a", {}, resume=False, force=True, workers=Workers())
+    partial.save({}, {}, {}, tmp_path / "staged")
+    partial.state.write_bytes(b"")
+    genuine, files = os.unlink, [file.name for file in partial.root.iterdir()]
+
+    def unlink(path: Path, **options: Any) -> None:
+        if len(list(partial.root.iterdir())) == len(files) - removed:
+            raise KeyboardInterrupt
+        genuine(path, **options)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    with contextlib.nullcontext() if removed == len(files) else pytest.raises(KeyboardInterrupt):
+        partial.remove()
+    monkeypatch.undo()
+    assert partial.root.exists() == (removed < len(files))
+    check_place(tmp_path / "a", resume=False, force=True)
 
 
 # ── text that is streamed, and much of it ──────────────────────────────────────────────────────────────────────

@@ -186,8 +186,9 @@ class Partial:
         rename_new(staged, self.root)
 
     def remove(self) -> None:
-        """Forget it: the adapters are where they belong."""
+        """Forget it: the adapters are where they belong. What says that it is an unfinished fit goes last."""
         if self._writes:
+            remove_files(self.root, _FILES - {_SETTINGS})
             remove_files(self.root, _FILES)
 
     def load_begin(self) -> tuple[Surrogates, dict[str, Any], dict[str, dict[str, float]]]:
