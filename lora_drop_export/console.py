@@ -6,12 +6,17 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import IO, Any, TextIO, cast
+from collections.abc import Iterator
+from typing import IO, Any, Protocol, TextIO, cast
 
 from lora_drop_runtime.errors import one_line
 
-Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
+
+class Progress(Protocol):
+    def __call__(self, what: str, done: int, total: int, /, begun: int = 0) -> None:
+        """Say how many of all bytes or steps are done, `begun` of them by an earlier run."""
+
+
 LINE_SECONDS = 30.0  # without a word, after which a line says how far something is where there is no terminal
 
 
@@ -102,7 +107,7 @@ class Console:
             task = bar.add_task(what, total=None)
             before, since, last = 0, begin, begin
 
-            def update(description: str, done: int, total: int) -> None:
+            def update(description: str, done: int, total: int, /, begun: int = 0) -> None:
                 nonlocal before, since, last
                 if done < before:
                     since = last
@@ -111,7 +116,7 @@ class Console:
                 now = time.monotonic()
                 before, last = done, now
                 if not self.rich.is_terminal and 0 < done < total and now - self._said >= LINE_SECONDS:
-                    left = (now - since) * (total - done) / done
+                    left = (now - since) * (total - done) / max(1, done - begun)
                     self._print(f"{description}: {done / total:.0%}, {left:.0f} s left")
 
             yield update

@@ -57,6 +57,18 @@ def test_a_count_that_begins_again(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     ]
 
 
+def test_what_an_earlier_run_has_done(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It took this one no time."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(console_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    with Console().progress("distillation") as progress:
+        for done in range(7, 11):
+            clock.now += 50
+            progress("distillation", done, 10, begun=6)
+    said = capsys.readouterr().err.splitlines()
+    assert said[:3] == [f"distillation: {done}0%, {50 * (10 - done)} s left" for done in (7, 8, 9)]
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPIPE])
 def test_lines_that_nobody_can_take_end_nothing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hours of work ended for the disk of their log, or with rich's exit code 1 for a reader that went away."""

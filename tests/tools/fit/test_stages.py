@@ -178,6 +178,15 @@ def test_a_rate_that_is_too_high_is_said_once() -> None:
     assert "KL 0.6050, 0.4000 before it; --learning-rate 0.0005 may help (it is 0.002)" in warning
 
 
+def test_steps_of_an_earlier_run_took_no_time() -> None:
+    said: list[Any] = []
+    console: Any = SimpleNamespace(say=lambda _: None)
+    report = stages.Report(console, lambda *of: said.append(of), 1024, None, 0.4, 2e-3, True)
+    for step in (31, 32):
+        report(step, 40, 0.3, 1e-3)
+    assert said == [("distillation", 31, 40, 30), ("distillation", 32, 40, 30)]
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_loss_is_the_mean_divergence_and_sends_its_gradient_back(
     weighted: bool, monkeypatch: pytest.MonkeyPatch

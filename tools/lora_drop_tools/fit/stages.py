@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from .texts import Texts
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lora_drop_export.console import Console
+    from lora_drop_export.console import Console, Progress
     from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
     from lora_drop_tools.teacher_forcing.surrogates import Surrogates
 
@@ -179,7 +179,7 @@ class Report:
     def __init__(
         self,
         console: Console,
-        update: Callable[[str, int, int], None],
+        update: Progress,
         tokens: int,
         log_dir: Path | None,
         begun_kl: float,
@@ -190,6 +190,7 @@ class Report:
         self._console, self._update, self._tokens = console, update, tokens
         self._log_dir, self._resumed = log_dir, resumed
         self._writer: Any = None
+        self._first: int | None = None  # of the steps that it is told of
         self._losses: list[float] = []
         self._begun = time.monotonic()
 
@@ -201,8 +202,9 @@ class Report:
             self._writer = SummaryWriter(str(self._log_dir), purge_step=first if self._resumed else None)
 
     def __call__(self, done: int, total: int, loss: float, rate: float) -> None:
+        self._first = self._first or done
         self._open_writer(done)
-        self._update("distillation", done, total)
+        self._update("distillation", done, total, self._first - 1)
         self._losses.append(loss)
         if done % max(1, total // _REPORTS) and done != total:
             return
