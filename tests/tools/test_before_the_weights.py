@@ -80,6 +80,27 @@ def test_of_a_model(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("more", "hint"),
+    [
+        ((), "Use --policy backfill, or --sites halves for their MLPs."),
+        (("--objective", "kv"), "Use --policy backfill without --objective kv"),
+        (("--objective", "kv", "--sites", "halves"), "Use --policy backfill without --objective kv"),
+    ],
+)
+def test_windows_in_all_layers(
+    more: tuple[str, ...], hint: str, model: Path, text: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr("lora_drop_export.decoder.loaded.resolve_tensors", fail)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").unlink()
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16}
+    (model / "config.json").write_text(json.dumps(config))
+    line = ["profile", str(model), "--text", str(text), "--out", str(tmp_path / "out"), "--policy", "skip", *more]
+    assert main(line) == 2
+    assert f"\nHint: {hint}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["fit", "profile"])
 def test_layers_that_take_the_k_and_v_of_others(
     command: str, text: Path, tmp_path: Path, monkeypatch: Any, capsys: Any

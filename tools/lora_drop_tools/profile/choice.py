@@ -57,9 +57,11 @@ def plan_to_profile(
                 if windowed
                 else "."
             ),
-            hint="Use --policy backfill, or --sites halves for their MLPs."
-            if layers
-            else "Lower --always-first or --always-last.",
+            hint="Lower --always-first or --always-last."
+            if not layers
+            else "Use --policy backfill without --objective kv: none of these may have holes in its K/V."
+            if settings.objective == "kv"
+            else "Use --policy backfill, or --sites halves for their MLPs.",
         )
     return DropPlan(
         len(windows),
