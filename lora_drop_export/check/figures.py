@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from lora_drop_runtime.errors import InputError, LoraDropError, VerificationError
+from lora_drop_runtime.errors import InputError, LoraDropError, VerificationError, counted
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -162,7 +162,8 @@ def print_table(result: Verification, console: Console) -> None:
                 f"{max(s.max_abs_error for s in group):.1e}",
                 f"{max(s.max_rel_error for s in group):.1e}",
                 f"{min(s.cosine for s in group):.7f}",
-                f"{np.mean([s.top1_agreement for s in group]):.0%}" + (f" ({ties} near-ties)" if ties else ""),
+                f"{np.mean([s.top1_agreement for s in group]):.0%}"
+                + (f" ({counted(ties, 'near-tie')})" if ties else ""),
             )
     console.rich.print(table)
     absent = [kind.value for kind in StepKind if all(step.kind != kind.value for step in result.steps)]
