@@ -43,6 +43,8 @@ def _key(value: Any, places: Mapping[int, Hashable]) -> Hashable:
         return id(value.__func__), type(value.__self__)
     import torch
 
+    if isinstance(value, torch.nn.Module) and not (value._parameters or value._buffers or value._modules):
+        return _module_key(value)  # such as a function that kernels may replace, of which each attention has its own
     plain = value is None or isinstance(value, bool | int | float | str | torch.device | torch.dtype)
     return (type(value), value) if plain else places.get(id(value), id(value))
 

@@ -119,8 +119,8 @@ class Row:
                     undo.enter_context(mock.patch.object(rule, "forward", partial(kimi_rule, rule, i)))
                 if hasattr(layer, "attn") and hasattr(getattr(layer.attn, "attention", None), "_attn"):
                     undo.enter_context(mock.patch.object(layer.attn.attention, "_attn", partial(gpt_neo, layer, i)))
-                if hasattr(layer, "self_attention"):
-                    own = layer.self_attention
+                own = getattr(layer, "self_attention", None)
+                if own is not None and not hasattr(own, "num_key_value_groups"):  # Falcon before transformers 5.25
                     own.config._attn_implementation = "sdpa"  # it stays so: of these it can be told no other
                     undo.enter_context(mock.patch.object(own, "forward", partial(falcon, i, own.forward)))
                 norm = norm_after_attention(layer)
